@@ -1,0 +1,169 @@
+"""The application: routes, errors, and the engine's life; and the server that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+import uvicorn
+from fastapi import Depends, FastAPI
+
+from chatterbox_vllm import __version__
+from chatterbox_vllm.api import faults, health, models, speech, voices
+from chatterbox_vllm.api.admission import Admission
+from chatterbox_vllm.api.auth import require_key
+from chatterbox_vllm.api.drain import DrainingServer
+from chatterbox_vllm.api.request_id import RequestId
+from chatterbox_vllm.api.services import Services
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from chatterbox_vllm.engine import AsyncChatterbox
+
+logger = logging.getLogger(__name__)
+
+_PASSED_ON: Final = (
+    "max_batch_size",
+    "max_model_len",
+    "gpu_memory_utilization",
+    "quantization",
+    "vocoder_device",
+    "mask_invalid_tokens",
+    "watermark",
+    "voices_dir",
+    "max_chunk_length",
+)
+"""Settings that are arguments of ``AsyncChatterbox.start`` by the same name."""
+
+
+def create_app(settings: Settings, engine: AsyncChatterbox | None = None) -> FastAPI:
+    """The ASGI application; ``app.state.services`` is its state.
+
+    Args:
+        engine: speaks; it stays the caller's to shut down. None: the app starts one of its own beside serving, so that
+            the probes answer from the beginning.
+    """
+    app = FastAPI(
+        title="Chatterbox", version=__version__, lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None
+    )
+    app.state.services = Services(settings, Admission(settings.max_concurrent_requests), engine)
+    app.include_router(health.router)
+    for part in (speech, models, voices):
+        app.include_router(part.router, dependencies=[Depends(require_key)])
+    app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(require_key)])(_schema_of(app))
+    app.add_middleware(RequestId)
+    faults.install(app)
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Serves until a signal ends it; requests in hand are finished first.
+
+    Raises:
+        ConfigurationError: the address cannot be listened on.
+        Exception: what kept the engine from starting.
+    """
+    log_to_stderr(settings)
+    listener = _listen(settings)
+    app = create_app(settings)
+    services: Services = app.state.services
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=75,  # longer than proxies and clients keep idle connections, so that it is they who close
+        timeout_graceful_shutdown=5,
+    )
+    server = DrainingServer(config, services.admission, settings.drain_timeout)
+    services.on_failure = server.stop
+    logger.info("listening on http://%s:%d; loading the model", settings.host, listener.getsockname()[1])
+    server.run(sockets=[listener])
+    if services.failure is not None:
+        raise services.failure
+
+
+def log_to_stderr(settings: Settings) -> None:
+    """What a command logs: neither text nor sound."""
+    level = settings.effective_log_level.upper()
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another one",
+            param="port",
+        ) from error
+
+
+def _schema_of(app: FastAPI) -> Callable[[], Any]:
+    def schema() -> dict[str, Any]:
+        return app.openapi()
+
+    return schema
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Starts the app's own engine beside serving and shuts it down at the end."""
+    services: Services = app.state.services
+    if services.engine is not None:
+        yield
+        return
+    starting = asyncio.create_task(_engine(services.settings))
+    starting.add_done_callback(services.engine_started)
+    try:
+        yield
+    finally:
+        services.admission.drain()
+        starting.cancel()
+        await asyncio.wait([starting])
+        if not starting.cancelled() and starting.exception() is None:
+            await starting.result().shutdown()
+
+
+async def _engine(settings: Settings) -> AsyncChatterbox:
+    engine = await asyncio.to_thread(import_module, "chatterbox_vllm.engine")  # imports torch and vLLM: seconds
+    if settings.quantization == "bitsandbytes":
+        logger.info("Using bitsandbytes quantization to reduce VRAM consumption")
+    started: AsyncChatterbox = await engine.AsyncChatterbox.start(**engine_arguments(settings))
+    logger.info("ready to speak")
+    return started
+
+
+def engine_arguments(settings: Settings) -> dict[str, Any]:
+    """The arguments of ``AsyncChatterbox.start``. ``engine_args`` adds to them and may not repeat one.
+
+    Raises:
+        ConfigurationError: ``engine_args`` names an argument that has a setting of its own.
+    """
+    from chatterbox_vllm.checkpoint import Variant
+
+    model, variant = settings.checkpoint
+    arguments: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED_ON}
+    arguments |= {"model": model, "variant": Variant(variant) if variant else None, "schedule": _schedule(settings)}
+    arguments["device"] = None if settings.device == "auto" else settings.device
+    if settings.dtype != "auto":
+        arguments["dtype"] = settings.dtype
+    for name in settings.engine_args:
+        if name in arguments:
+            raise ConfigurationError(f"engine_args: {name} has a setting of its own", param="engine_args")
+    return arguments | settings.engine_args
+
+
+def _schedule(settings: Settings) -> Any:
+    from chatterbox_vllm.vocoder.schedule import ChunkSchedule
+
+    return ChunkSchedule(
+        first=settings.first_chunk_tokens, growth=settings.chunk_growth, largest=settings.largest_chunk_tokens
+    )

@@ -1,0 +1,28 @@
+"""The API key. Attached to routers, never decided from a URL."""
+
+from __future__ import annotations
+
+import hmac
+
+from fastapi import HTTPException, Request
+
+from chatterbox_vllm.api.services import ServicesOf
+
+
+async def require_key(request: Request, services: ServicesOf) -> None:
+    """Refuses a request without the key, where one is set.
+
+    Raises:
+        HTTPException: 401.
+    """
+    key = services.settings.api_key
+    if key is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(given.strip().encode(), key.get_secret_value().encode())
+    if scheme.lower() != "bearer" or not right:
+        raise HTTPException(
+            401,
+            "this server needs its API key: send it as 'Authorization: Bearer <key>'",
+            {"WWW-Authenticate": "Bearer"},
+        )

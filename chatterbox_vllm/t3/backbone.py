@@ -1,0 +1,183 @@
+"""T3's Llama under classifier-free guidance: upstream's ``T3.inference`` loop body, for many requests at once.
+
+Each of N scheduled tokens becomes two rows, conditional and unconditional, interleaved. The linear layers see 2N rows; for
+attention the pair becomes one token with twice the heads, so both halves share their cache blocks and cannot drift apart.
+The guided logits are linear in the hidden state, so guidance happens after the final norm and the head runs once.
+
+``GuidedLlama`` is the unit of compilation and of CUDA graphs: its inputs are vLLM's own persistent buffers. With a smaller
+unit (vLLM's ``LlamaModel``) the doubled rows would be temporaries made outside the graph, replayed from stale addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CacheConfig, VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.models.llama import LlamaMLP
+from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+from chatterbox_vllm.t3.config import T3Config
+from chatterbox_vllm.t3.positions import ORIGIN, unpack
+
+
+class GuidedAttention(nn.Module):
+    """Llama's attention, blind between the two rows of a pair: 2 x heads instead of 2 x tokens."""
+
+    def __init__(
+        self, config: T3Config, quant_config: QuantizationConfig | None, cache_config: CacheConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
+        self.width = self.heads * config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim,
+            config.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.rotary_emb = get_rope(
+            config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
+        )
+        self.attn = Attention(
+            2 * self.heads,
+            config.head_dim,
+            config.head_dim**-0.5,
+            num_kv_heads=2 * self.heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+        )
+
+    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
+        """positions (2N,) int64, hidden (2N, H) -> (2N, H)."""
+        qkv, _ = self.qkv_proj(hidden)
+        q, k, v = qkv.split(self.width, dim=-1)
+        q, k = self.rotary_emb(positions, q, k)
+        pairs = [rows.reshape(-1, 2 * self.width) for rows in (q, k, v)]
+        mixed = self.attn(*pairs).reshape(-1, self.width)
+        output, _ = self.o_proj(mixed)
+        return output
+
+
+class FullPrecisionNorm(nn.Module):
+    """RMSNorm that adds to a float32 residual stream.
+
+    Thirty layers of additions are where half precision loses most. Compiled, this is one kernel, as vLLM's fused norm is.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, dtype=torch.float32))
+        self.eps = eps
+
+    def forward(self, update: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """update (rows, H) of any dtype, residual (rows, H) float32 -> normed (float32), new residual (float32)."""
+        residual = residual + update.float()
+        scale = torch.rsqrt(residual.pow(2).mean(-1, keepdim=True) + self.eps)
+        return residual * scale * self.weight, residual
+
+
+class GuidedLayer(nn.Module):
+    """A Llama decoder layer with ``GuidedAttention`` and a float32 residual stream."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        quant_config = vllm_config.quant_config
+        self.self_attn = GuidedAttention(config, quant_config, vllm_config.cache_config, f"{prefix}.self_attn")
+        self.mlp = LlamaMLP(
+            config.hidden_size, config.intermediate_size, config.hidden_act, quant_config, prefix=f"{prefix}.mlp"
+        )
+        self.input_layernorm = FullPrecisionNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = FullPrecisionNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, positions: Tensor, update: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """As vLLM's ``LlamaDecoderLayer``: a layer's output is added to the residual by the next norm.
+
+        Args:
+            positions: (2N,) int64.
+            update: (2N, H), the previous layer's output, in the model's dtype.
+            residual: (2N, H) float32.
+        """
+        normed, residual = self.input_layernorm(update, residual)
+        update = self.self_attn(positions, normed.to(update.dtype))
+        normed, residual = self.post_attention_layernorm(update, residual)
+        return self.mlp(normed.to(update.dtype)), residual
+
+
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "inputs_embeds": 0})
+class GuidedLlama(nn.Module):
+    """From token embeddings to the guided hidden state."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.text_pos_emb = nn.Embedding(config.text_positions, config.hidden_size)
+        self.speech_pos_emb = nn.Embedding(config.speech_positions, config.hidden_size)
+        self.layers = nn.ModuleList(
+            GuidedLayer(vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
+        )
+        self.norm = FullPrecisionNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed_positions(self, kind: Tensor, inputs_embeds: Tensor) -> Tensor:
+        """Upstream's ``prepare_input_embeds``: learned positions, and the row whose text tokens are zeroed.
+
+        Args:
+            kind: (N,) int64, ``positions.unpack``'s.
+            inputs_embeds: (N, H) token embeddings and voice vectors, without positions.
+
+        Returns:
+            (2N, H) float32: conditional and unconditional rows, interleaved.
+        """
+        is_text = ((kind > 0) & (kind < ORIGIN)).unsqueeze(-1)
+        is_speech = (kind >= ORIGIN).unsqueeze(-1)
+        # Out-of-range rows belong to padding, whose positions mean nothing.
+        text = self.text_pos_emb((kind - 1).clamp(0, self.text_pos_emb.num_embeddings - 1)).float()
+        speech = self.speech_pos_emb((kind - ORIGIN).clamp(0, self.speech_pos_emb.num_embeddings - 1)).float()
+        learned = torch.where(is_speech, speech, torch.where(is_text, text, torch.zeros_like(text)))
+        tokens = inputs_embeds.float()
+        unconditional = torch.where(is_text, torch.zeros_like(tokens), tokens)
+        return torch.stack([tokens + learned, unconditional + learned], dim=1).flatten(0, 1)
+
+    def forward(self, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
+        """positions (3, N) int64, inputs_embeds (N, H) -> guided hidden state (N, H), of the dtype of ``inputs_embeds``."""
+        rope, kind, weight = unpack(positions)
+        residual = self.embed_positions(kind, inputs_embeds)
+        update = torch.zeros_like(residual, dtype=inputs_embeds.dtype)
+        rope = rope.repeat_interleave(2)
+        for layer in self.layers:
+            update, residual = layer(rope, update, residual)
+        hidden, _ = self.norm(update, residual)
+        conditional, unconditional = hidden.unflatten(0, (-1, 2)).unbind(1)
+        return (conditional + weight.unsqueeze(-1) * (conditional - unconditional)).to(inputs_embeds.dtype)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

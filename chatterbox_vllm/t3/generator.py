@@ -1,0 +1,107 @@
+"""Text ids in, speech tokens out: T3 behind vLLM's asynchronous engine."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator, Sequence
+
+import torch
+from torch import Tensor
+from vllm.exceptions import VLLMClientError
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from chatterbox_vllm.errors import EngineDead, EngineError, InvalidRequest, TooLarge
+from chatterbox_vllm.t3.conditioning import VoiceConditioner
+from chatterbox_vllm.t3.config import T3Config
+from chatterbox_vllm.t3.positions import weight_steps
+from chatterbox_vllm.t3.processor import engine_input
+from chatterbox_vllm.t3.prompt import OVERHEAD, prompt_tokens, sampling_params
+from chatterbox_vllm.types import STOP_SPEECH, SpeechOptions, VoiceFeatures
+
+
+class T3Generator:
+    """Speaks T3's tokens for many requests at once; vLLM batches them.
+
+    Args:
+        llm: an engine of ``ChatterboxT3``.
+        config: the sizes it was built with.
+        conditioner: computes the voice prefixes.
+    """
+
+    def __init__(self, llm: AsyncLLM, config: T3Config, conditioner: VoiceConditioner) -> None:
+        self._llm = llm
+        self._config = config
+        self._conditioner = conditioner
+        self._dtype: torch.dtype = llm.vllm_config.model_config.dtype
+        self._names = (f"t3-{i}" for i in itertools.count())
+        self.max_model_len: int = llm.vllm_config.model_config.max_model_len
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Text ids of one utterance for which there is room to be spoken: speech takes about three tokens an id."""
+        return (self.max_model_len - OVERHEAD) // 4
+
+    @property
+    def text_vocabulary(self) -> int:
+        return self._config.text_vocabulary
+
+    @property
+    def dead(self) -> bool:
+        return self._llm.errored
+
+    @property
+    def unfinished(self) -> int:
+        """Requests vLLM still works on; 0 when nothing leaked."""
+        return self._llm.output_processor.get_num_unfinished_requests()
+
+    async def tokens(
+        self, text: Sequence[int], voice: VoiceFeatures, options: SpeechOptions, *, incremental: bool, min_tokens: int = 0
+    ) -> AsyncGenerator[list[int], None]:
+        """Speech tokens, without start and stop. Closing or cancelling the iterator aborts the request in the engine.
+
+        Args:
+            text: ids without start and stop.
+            incremental: yield tokens as they come, rather than all at once.
+            min_tokens: do not stop before so many tokens.
+
+        Raises:
+            TooLarge: ``text`` leaves no room to speak in ``max_model_len``.
+            EngineDead, EngineError: the engine failed.
+        """
+        tokens = prompt_tokens(text, self._config.placeholder_id)
+        room = self.max_model_len - len(tokens)
+        if room < 1:
+            raise TooLarge(
+                f"text of {len(text)} tokens leaves no room for speech in max_model_len={self.max_model_len}; "
+                f"shorten it to {self.max_text_tokens} tokens or raise max_model_len",
+                param="text",
+            )
+        prefix = self._prefix(voice, options.exaggeration)
+        key = f"{voice.digest}:{options.exaggeration!r}"
+        prompt = engine_input(tokens, prefix, weight_steps(options.cfg_weight), key)
+        params = sampling_params(options, max_tokens=min(options.max_tokens, room), incremental=incremental)
+        params.min_tokens = min(min_tokens, params.max_tokens)
+        outputs = self._llm.generate(prompt, params, next(self._names))
+        try:
+            async for output in outputs:
+                spoken = list(output.outputs[0].token_ids)
+                if spoken and spoken[-1] == STOP_SPEECH:
+                    spoken.pop()
+                if spoken:
+                    yield spoken
+        except EngineDeadError as error:
+            raise EngineDead("the T3 engine has died; restart the server") from error
+        except EngineGenerateError as error:
+            raise EngineError(f"the T3 engine failed on this request: {error.__cause__}") from error
+        except VLLMClientError as error:
+            raise InvalidRequest(str(error), param="text") from error
+        finally:
+            await outputs.aclose()
+
+    def _prefix(self, voice: VoiceFeatures, exaggeration: float) -> Tensor:
+        return self._conditioner.prefix(voice, exaggeration).to(self._dtype)
+
+    def shutdown(self) -> None:
+        """Ends the engine's processes."""
+        self._llm.shutdown()

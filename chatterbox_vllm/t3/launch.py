@@ -1,0 +1,164 @@
+"""Starts vLLM's engine for a T3 checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from vllm import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.t3.conditioning import VoiceConditioner
+from chatterbox_vllm.t3.config import T3Config
+from chatterbox_vllm.t3.folder import infer_config, model_folder
+from chatterbox_vllm.t3.generator import T3Generator
+from chatterbox_vllm.t3.positions import POSITIONS
+from chatterbox_vllm.t3.prompt import OVERHEAD
+
+# What the design rests on: RoPE depends on the prompt's length, prompts arrive processed, and there is no tokenizer.
+FIXED: Mapping[str, Any] = {
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "mm_processor_cache_gb": 0,
+    "limit_mm_per_prompt": {"voice": 1},
+}
+# T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
+CPU_CACHE_SHARE = 0.4
+
+
+def launch(weights: Path, *, cache: Path, mask_invalid_tokens: bool = True, **engine_args: Any) -> T3Generator:
+    """Loads T3 into a new vLLM engine; takes from seconds to minutes.
+
+    Args:
+        weights: the checkpoint's T3 file.
+        cache: where the folder that vLLM loads is made.
+        mask_invalid_tokens: False samples exactly upstream's distribution, ids that are no sound included.
+        engine_args: any ``vllm.AsyncEngineArgs``.
+
+    Raises:
+        CheckpointError: the file is not a T3 checkpoint.
+        ConfigurationError: an engine argument is unknown, fixed by the design, or out of range.
+    """
+    config = infer_config(weights, mask_invalid_tokens=mask_invalid_tokens)
+    folder = model_folder(weights, config, cache)
+    arguments = engine_arguments(config, engine_args)
+    logging.getLogger("vllm").setLevel(_log_level())
+    with _environment(_worker_environment()), _main_module_hidden():
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **arguments))
+    return T3Generator(llm, config, VoiceConditioner(_conditioning_tensors(weights)))
+
+
+def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments: what T3 needs, defaults for this machine, and the caller's choices.
+
+    Raises:
+        ConfigurationError: as ``launch``.
+    """
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name in given:
+        if name in FIXED or name == "model":
+            raise ConfigurationError(f"{name} is fixed by the way T3 runs in vLLM; leave it out", param=name)
+        if name not in known:
+            raise ConfigurationError(f"{name} is neither ours nor an argument of vllm.AsyncEngineArgs", param=name)
+    length = given.get("max_model_len", 2048)
+    if not isinstance(length, int) or not OVERHEAD + 16 <= length <= POSITIONS // 2:
+        raise ConfigurationError(
+            f"max_model_len must be an integer from {OVERHEAD + 16} to {POSITIONS // 2}, not {length!r}",
+            param="max_model_len",
+        )
+    defaults = {"dtype": default_dtype(), "max_model_len": length, "disable_log_stats": True}
+    defaults |= {"use_tqdm_on_load": False, **FIXED}
+    if current_platform.is_cpu():
+        # Compiling takes a CPU a minute and gains 15%.
+        defaults["enforce_eager"] = True
+        if "kv_cache_memory_bytes" not in given and "num_gpu_blocks_override" not in given:
+            defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32))
+    return {**defaults, **given}
+
+
+def default_dtype() -> str:
+    """bfloat16 where the card has it, float16 on older ones, float32 on a CPU."""
+    if current_platform.is_cpu():
+        return "float32"
+    return "bfloat16" if current_platform.has_device_capability(80) else "float16"
+
+
+def cache_bytes_per_position(config: T3Config, itemsize: int) -> int:
+    """KV bytes of one position: keys and values of both halves of the guidance."""
+    return config.num_hidden_layers * 2 * 2 * config.hidden_size * itemsize
+
+
+def _cpu_cache_bytes(config: T3Config, length: int, requests: int) -> int:
+    one = cache_bytes_per_position(config, itemsize=4) * (length + 128)  # a block is 128 positions
+    free = int(psutil.virtual_memory().available * CPU_CACHE_SHARE)
+    if one > free:
+        raise ConfigurationError(
+            f"max_model_len={length} needs {one / 2**30:.1f} GiB of KV cache for one request and "
+            f"{free / 2**30:.1f} GiB may be used; lower max_model_len or free memory",
+            param="max_model_len",
+        )
+    return min(one * requests, free)
+
+
+def _log_level() -> str:
+    return os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _worker_environment() -> dict[str, str]:
+    wanted = {
+        # A forked engine hangs when this process has already run threaded torch work.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": _log_level(),
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # vLLM's own, in each of its processes
+    }
+    if current_platform.is_cpu():
+        wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+@contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        for name in more:
+            os.environ.pop(name, None)
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Spawned processes would run the caller's script again if it lacks an ``if __name__ == "__main__"``."""
+    main = sys.modules["__main__"]
+    file, spec = getattr(main, "__file__", None), getattr(main, "__spec__", None)
+    main.__spec__ = None
+    if file is not None:
+        del main.__file__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
+def _conditioning_tensors(weights: Path) -> dict[str, Tensor]:
+    with safe_open(weights, "pt") as file:
+        return {
+            key: file.get_tensor(key).to(torch.float32)
+            for key in file.keys()  # noqa: SIM118
+            if VoiceConditioner.wanted(key)
+        }

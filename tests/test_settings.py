@@ -1,0 +1,292 @@
+"""Settings: which source wins, what is refused and how that reads."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import config
+from chatterbox_vllm import settings as module
+from chatterbox_vllm.api.app import engine_arguments
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.settings import PRESETS, Settings, example, load, variables
+from chatterbox_vllm.types import SpeechOptions
+
+ROOT = Path(__file__).parent.parent
+
+
+def loaded(
+    flags: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+    env_file: Path | None = None,
+    deployment: dict[str, Any] | None = None,
+) -> Settings:
+    return load(flags, environment=environment or {}, env_file=env_file, deployment=deployment)
+
+
+@pytest.fixture
+def env_file(tmp_path: Path) -> Path:
+    return tmp_path / ".env"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_nvidia_gpu", lambda: True)
+
+
+def test_defaults_are_upstream_s_and_local() -> None:
+    settings = loaded()
+    assert settings.options == SpeechOptions()
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "english")
+    assert settings.quantization is None
+
+
+SOURCES = ["default", "preset", "config.py", ".env", "environment", "flag"]
+
+
+@pytest.mark.parametrize("highest", range(len(SOURCES)), ids=SOURCES)
+def test_the_highest_source_wins(env_file: Path, highest: int) -> None:
+    env_file.write_text("CHATTERBOX_MAX_BATCH_SIZE=13\n" if highest >= 3 else "")
+    settings = loaded(
+        flags={"max_batch_size": "15"} if highest >= 5 else {},
+        environment={"CHATTERBOX_MAX_BATCH_SIZE": "14"} if highest >= 4 else {},
+        env_file=env_file,
+        deployment={"max_batch_size": 12 if highest >= 2 else None, "preset": "medium-vram" if highest >= 1 else None},
+    )
+    expected = [None, PRESETS["medium-vram"]["max_batch_size"], 12, 13, 14, 15]
+    assert settings.max_batch_size == expected[highest]
+
+
+def test_a_preset_sets_only_defaults() -> None:
+    settings = loaded({"preset": "low-vram"}, {"CHATTERBOX_MAX_MODEL_LEN": "900"})
+    assert (settings.max_batch_size, settings.max_model_len) == (PRESETS["low-vram"]["max_batch_size"], 900)
+
+
+def test_a_preset_of_the_environment_counts_like_a_flag() -> None:
+    assert loaded(environment={"CHATTERBOX_PRESET": "high-vram"}).max_batch_size == 64
+    assert loaded({"preset": "low-vram"}, {"CHATTERBOX_PRESET": "high-vram"}).max_batch_size == 2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.usefixtures("gpu")
+def test_every_preset_is_valid(name: str) -> None:
+    settings = loaded({"preset": name})
+    for field, value in PRESETS[name].items():
+        assert getattr(settings, field) == value
+
+
+def test_ultra_low_vram_quantises_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_has_nvidia_gpu", lambda: False)
+    assert loaded({"preset": "ultra-low-vram"}).quantization is None
+    monkeypatch.setattr(module, "_has_nvidia_gpu", lambda: True)
+    assert loaded({"preset": "ultra-low-vram"}).quantization == "bitsandbytes"
+    assert loaded({"preset": "ultra-low-vram", "device": "cpu"}).quantization is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "quantization"),
+    [
+        ({"CHATTERBOX_QUANTIZATION": "none"}, None),
+        ({"CHATTERBOX_QUANTIZATION": "bnb-4bit"}, "bitsandbytes"),
+        ({"CHATTERBOX_QUANTIZATION": "fp8"}, "fp8"),
+        ({"CHATTERBOX_USE_QUANTIZATION": "false"}, None),
+        ({"CHATTERBOX_USE_QUANTIZATION": "true"}, "bitsandbytes"),
+        ({"CHATTERBOX_USE_QUANTIZATION": "1", "CHATTERBOX_QUANTIZATION_METHOD": "bnb-4bit"}, "bitsandbytes"),
+        ({"CHATTERBOX_USE_QUANTIZATION": "no", "CHATTERBOX_QUANTIZATION_METHOD": "awq"}, None),
+        ({"CHATTERBOX_USE_QUANTIZATION": "true", "CHATTERBOX_QUANTIZATION": "bitsandbytes"}, "bitsandbytes"),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_spellings_of_quantisation(environment: dict[str, str], quantization: str | None) -> None:
+    """An explicit one also beats the preset's."""
+    assert loaded({"preset": "ultra-low-vram"}, environment).quantization == quantization
+
+
+def test_a_higher_source_decides_about_quantisation() -> None:
+    deployment = {"quantization": "bitsandbytes"}
+    assert loaded(environment={"CHATTERBOX_USE_QUANTIZATION": "false"}, deployment=deployment).quantization is None
+    assert loaded({"use_quantization": False}, {"CHATTERBOX_QUANTIZATION": "fp8"}).quantization is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"CHATTERBOX_PORT": "99999"}, "CHATTERBOX_PORT=99999: must be an integer from 0 to 65535"),
+        ({"PORT": "http"}, "PORT=http: must be an integer from 0 to 65535"),
+        (
+            {"CHATTERBOX_GPU_MEMORY_UTILIZATION": "0"},
+            "CHATTERBOX_GPU_MEMORY_UTILIZATION=0: must be a number above 0 and at most 1",
+        ),
+        ({"CHATTERBOX_TEMPERATURE": "nan"}, "CHATTERBOX_TEMPERATURE=nan: must be a number from 0 to 5"),
+        ({"CHATTERBOX_TEMPERATURE": "inf"}, "CHATTERBOX_TEMPERATURE=inf: must be a number from 0 to 5"),
+        ({"CHATTERBOX_CFG_SCALE": "lots"}, "CHATTERBOX_CFG_SCALE=lots: must be a number from 0 to 10"),
+        ({"CHATTERBOX_DEBUG": "perhaps"}, "CHATTERBOX_DEBUG=perhaps: must be true or false"),
+        ({"CHATTERBOX_USE_QUANTIZATION": "maybe"}, "CHATTERBOX_USE_QUANTIZATION=maybe: must be true or false"),
+        ({"CHATTERBOX_LOG_LEVEL": "loud"}, "CHATTERBOX_LOG_LEVEL=loud: must be one of debug, info, warning, error"),
+        (
+            {"CHATTERBOX_PRESET": "tiny"},
+            "CHATTERBOX_PRESET=tiny: must be one of ultra-low-vram, low-vram, medium-vram, high-vram",
+        ),
+        ({"CHATTERBOX_ENGINE_ARGS": "{"}, "CHATTERBOX_ENGINE_ARGS={: must be a JSON object"),
+        ({"CHATTERBOX_ENGINE_ARGS": "[1]"}, "CHATTERBOX_ENGINE_ARGS=[1]: must be a JSON object"),
+        (
+            {"CHATTERBOX_CFG_SCALE": "0.3", "CHATTERBOX_CFG_WEIGHT": "0.4"},
+            "CHATTERBOX_CFG_WEIGHT=0.4 and CHATTERBOX_CFG_SCALE=0.3 mean the same setting and disagree; keep one",
+        ),
+        (
+            {"CHATTERBOX_QUANTIZATION": "fp8", "CHATTERBOX_USE_QUANTIZATION": "true"},
+            "CHATTERBOX_QUANTIZATION=fp8 and CHATTERBOX_USE_QUANTIZATION=true disagree; keep one",
+        ),
+        ({"CHATTERBOX_QUANTIZE_S3GEN": "true"}, "CHATTERBOX_QUANTIZE_S3GEN=true is not available yet"),
+        ({"CHATTERBOX_QUANTIZE_VOICE_ENCODER": "1"}, "CHATTERBOX_QUANTIZE_VOICE_ENCODER=1 is not available yet"),
+        ({"USE_INT8_QUANTIZATION": "true"}, "USE_INT8_QUANTIZATION=true is not available yet"),
+        ({"CHATTERBOX_QUANTIZATION": "awq"}, "CHATTERBOX_QUANTIZATION=awq is not available yet"),
+        (
+            {"CHATTERBOX_USE_QUANTIZATION": "true", "CHATTERBOX_QUANTIZATION_METHOD": "bnb-8bit"},
+            "CHATTERBOX_QUANTIZATION_METHOD=bnb-8bit is not available yet",
+        ),
+        (
+            {"CHATTERBOX_QUANTIZATION_METHOD": "bnb-4bit"},
+            "CHATTERBOX_QUANTIZATION_METHOD=bnb-4bit has no effect without CHATTERBOX_USE_QUANTIZATION",
+        ),
+    ],
+)
+def test_a_wrong_variable_is_one_readable_line(environment: dict[str, str], told: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        loaded(environment=environment)
+    assert str(caught.value).startswith(told)
+    assert "\n" not in str(caught.value)
+    assert caught.value.param in environment
+
+
+def test_errors_name_their_source(env_file: Path) -> None:
+    env_file.write_text("CHATTERBOX_PORT=-1")
+    with pytest.raises(ConfigurationError, match=r"^.*\.env: CHATTERBOX_PORT=-1: must be"):
+        loaded(env_file=env_file)
+    with pytest.raises(ConfigurationError, match=r"^--max-batch-size=0: must be an integer from 1 to 4096$"):
+        loaded({"max_batch_size": "0"})
+    with pytest.raises(ConfigurationError, match=r"^config\.py: top_p=2: must be"):
+        loaded(deployment={"top_p": 2})
+    with pytest.raises(ConfigurationError, match=r"config\.py: prot"):
+        loaded(deployment={"prot": 80})
+
+
+def test_two_wrong_values_are_two_lines() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        loaded(environment={"CHATTERBOX_PORT": "x", "CHATTERBOX_MIN_P": "2"})
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "value"),
+    [
+        ({"CHATTERBOX_CFG_SCALE": "0.3"}, "cfg_weight", 0.3),
+        ({"PORT": "4123"}, "port", 4123),
+        ({"PORT": "4123", "CHATTERBOX_PORT": "9000"}, "port", 9000),
+        ({"MAX_CHUNK_LENGTH": "280"}, "max_chunk_length", 280),
+        ({"MODEL_DTYPE": "float16"}, "dtype", "float16"),
+        ({"CHATTERBOX_ENGINE_ARGS": '{"seed": 3}'}, "engine_args", {"seed": 3}),
+        ({"CHATTERBOX_VOICES_DIR": "voices"}, "voices_dir", Path("voices")),
+        ({"CHATTERBOX_WATERMARK": "off"}, "watermark", False),
+        ({"CHATTERBOX_PORT": ""}, "port", 8000),
+        ({"CHATTERBOX_API_KEY": "  "}, "api_key", None),
+    ],
+)
+def test_variables(environment: dict[str, str], name: str, value: Any) -> None:
+    assert getattr(loaded(environment=environment), name) == value
+
+
+def test_every_promised_variable_exists() -> None:
+    promised = (
+        "MODEL MAX_BATCH_SIZE MAX_MODEL_LEN USE_QUANTIZATION QUANTIZATION_METHOD QUANTIZE_S3GEN QUANTIZE_VOICE_ENCODER "
+        "DEBUG GPU_MEMORY_UTILIZATION HOST PORT CFG_SCALE"
+    )
+    known = {key for name in Settings.model_fields for key in variables(name)}
+    assert {f"CHATTERBOX_{name}" for name in promised.split()} <= known
+
+
+def test_an_unknown_variable_is_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        loaded(environment={"CHATTERBOX_PROT": "1", "CHATTERBOX_CACHE_DIR": "/x", "OTHER": "1"})
+    assert [record.getMessage() for record in caplog.records] == [
+        "CHATTERBOX_PROT is not a setting of this server and has no effect"
+    ]
+
+
+def test_the_key_is_never_shown(env_file: Path) -> None:
+    env_file.write_text("CHATTERBOX_API_KEY=s3$cret")
+    settings = loaded(env_file=env_file)
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "s3$cret"
+    assert "$cret" not in f"{settings!r} {settings} {settings.model_dump_json()}"
+    with pytest.raises(ConfigurationError) as caught:
+        loaded(deployment={"api_key": ["s3cret"]})
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "variant", "resolved"),
+    [
+        (None, None, ("english", None)),
+        (None, "multilingual", ("multilingual", None)),
+        ("english", "multilingual-v3", ("multilingual-v3", None)),
+        ("demo", None, ("demo", None)),
+        ("demo", "multilingual", ("demo", "multilingual")),
+        ("demo-multilingual", "english", ("demo", "english")),
+        ("/a/folder", "multilingual", ("/a/folder", "multilingual")),
+    ],
+)
+def test_a_variant_decides_between_named_models(model: str | None, variant: str | None, resolved: Any) -> None:
+    assert loaded({"variant": variant}, {"CHATTERBOX_MODEL": model} if model else {}).checkpoint == resolved
+
+
+def test_settings_alone_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATTERBOX_PORT", "1")
+    assert Settings().port == 8000
+    assert load(env_file=None).port == 1
+
+
+def test_the_example_is_what_the_settings_say() -> None:
+    """When this fails: python -m chatterbox_vllm.settings > .env.example"""
+    assert (ROOT / ".env.example").read_text(encoding="utf-8") == example()
+
+
+def test_the_example_uncommented_is_the_defaults(env_file: Path) -> None:
+    env_file.write_text("\n".join(line[1:] for line in example().splitlines() if line.startswith("#CHATTERBOX_")))
+    assert loaded(env_file=env_file) == loaded()
+
+
+def test_config_py_has_the_promised_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert config.BNB_QUANTIZATION is None
+    assert (config.USE_BNB_QUANTIZATION, config.TEMPERATURE, config.TOP_P) == (False, 0.8, 1.0)
+    monkeypatch.setattr(config, "TEMPERATURE", 0.6)
+    monkeypatch.setattr(config, "OTHER", {"port": 4123})
+    monkeypatch.setattr(config, "BNB_QUANTIZATION", "bitsandbytes")
+    settings = config.settings()
+    assert (settings.temperature, settings.port, settings.quantization) == (0.6, 4123, "bitsandbytes")
+    monkeypatch.setenv("CHATTERBOX_TEMPERATURE", "0.7")
+    assert config.settings().temperature == 0.7
+    assert config.settings({"temperature": "0.9"}).temperature == 0.9
+
+
+def test_settings_become_the_engine_s_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chatterbox_vllm.api.app._schedule", lambda settings: settings.first_chunk_tokens)
+    settings = loaded(
+        {
+            "model": "demo",
+            "variant": "multilingual",
+            "engine_args": '{"seed": 4}',
+            "dtype": "float16",
+            "watermark": "no",
+        }
+    )
+    arguments = engine_arguments(settings)
+    assert (arguments["model"], arguments["variant"]) == ("demo", "multilingual")
+    assert (arguments["seed"], arguments["dtype"], arguments["watermark"]) == (4, "float16", False)
+    assert (arguments["device"], arguments["schedule"]) == (None, 15)
+    with pytest.raises(ConfigurationError, match="engine_args: quantization has a setting of its own"):
+        engine_arguments(loaded({"engine_args": '{"quantization": "fp8"}'}))
