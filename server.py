@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from chatterbox_vllm.cli import main
-
 import config
+from chatterbox_vllm.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["serve", *sys.argv[1:]], settings=config.settings))

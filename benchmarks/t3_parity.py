@@ -2,8 +2,8 @@
 
     python benchmarks/t3_parity.py --model DIR [--prompts 16] [--tokens 1]
 
-Needs upstream's wheel (``pip install --no-deps chatterbox-tts==0.1.7 s3tokenizer==0.3.0``). Exit status 1 when fewer than
-``--least`` agree.
+Needs upstream's wheel (``pip install --no-deps chatterbox-tts==0.1.7 s3tokenizer==0.3.0``). Exit status 1 when fewer
+than ``--least`` agree.
 """
 
 from __future__ import annotations

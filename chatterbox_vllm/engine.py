@@ -1,8 +1,8 @@
 """One server's engine: text in, sound out, for many requests at once.
 
-A request goes: prepare the text -> T3 tokens (vLLM) -> vocoder (batched) -> watermark. Its parts (a long text is several
-utterances) run in T3's batch together and are vocoded in order. Every way out of ``stream`` passes one ``finally`` that
-aborts T3, drops the vocoder's state and counts the request out.
+A request goes: prepare the text -> T3 tokens (vLLM) -> vocoder (batched) -> watermark. Its parts (a long text is
+several utterances) run in T3's batch together and are vocoded in order. Every way out of ``stream`` passes one
+``finally`` that aborts T3, drops the vocoder's state and counts the request out.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ def _device(name: str, wanted: str | None) -> str | None:
 
 
 def _check(name: str, value: Any, low: float, high: float, kind: type) -> None:
-    accepted = (int, float) if kind is float else (kind,)
-    if isinstance(value, bool) or not isinstance(value, accepted) or not low <= value <= high:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not (whole or (kind is float and isinstance(value, float))) or not low <= float(value) <= high:
         noun = "a number" if kind is float else "an integer"
         raise ConfigurationError(f"{name} must be {noun} from {low} to {high}, not {value!r}", param=name)

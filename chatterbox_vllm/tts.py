@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chatterbox_vllm.checkpoint import Checkpoint, Variant
+from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant
 from chatterbox_vllm.engine import AsyncChatterbox
 from chatterbox_vllm.errors import EngineDead, InvalidRequest
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
@@ -78,13 +78,7 @@ class ChatterboxTTS:
     @classmethod
     def from_local(cls, ckpt_dir: str | Path | Checkpoint, device: str | None = None, **engine: Any) -> Self:
         """Loads a folder of upstream's layout, or what ``checkpoint.resolve`` knows by name ("demo")."""
-        if not isinstance(ckpt_dir, Checkpoint) and Path(ckpt_dir).is_dir():
-            engine.setdefault("variant", cls._variant_in(Path(ckpt_dir)))
         return cls(ckpt_dir, device=device, **engine)
-
-    @classmethod
-    def _variant_in(cls, folder: Path) -> Variant | None:
-        return None
 
     def generate(
         self,
@@ -157,7 +151,7 @@ class ChatterboxTTS:
         Returns:
             (1, samples) float32.
         """
-        if tokens.is_floating_point() or tokens.dim() not in (1, 2) or tokens.dim() == 2 and len(tokens) != 1:
+        if tokens.is_floating_point() or tokens.dim() not in (1, 2) or (tokens.dim() == 2 and len(tokens) != 1):
             raise InvalidRequest(
                 f"tokens must be (n,) or (1, n) integers, not {tuple(tokens.shape)} {tokens.dtype}", param="tokens"
             )
@@ -261,12 +255,17 @@ class ChatterboxMultilingualTTS(ChatterboxTTS):
     variant = Variant.MULTILINGUAL
 
     @classmethod
-    def _variant_in(cls, folder: Path) -> Variant | None:
-        has_v2 = (folder / "t3_mtl23ls_v2.safetensors").exists()
-        return Variant.MULTILINGUAL if has_v2 else Variant.MULTILINGUAL_V3
+    def from_local(cls, ckpt_dir: str | Path | Checkpoint, device: str | None = None, **engine: Any) -> Self:
+        """As ``ChatterboxTTS.from_local``; of a folder that holds both, the multilingual checkpoint, v2 before v3."""
+        if not isinstance(ckpt_dir, Checkpoint):
+            only_v3 = (Path(ckpt_dir) / FILES[Variant.MULTILINGUAL_V3].t3).exists() and not (
+                Path(ckpt_dir) / FILES[Variant.MULTILINGUAL].t3
+            ).exists()
+            engine.setdefault("variant", Variant.MULTILINGUAL_V3 if only_v3 else Variant.MULTILINGUAL)
+        return super().from_local(ckpt_dir, device, **engine)
 
     @classmethod
-    def get_supported_languages(cls) -> dict[str, str]:  # type: ignore[override]
+    def get_supported_languages(cls) -> dict[str, str]:
         """Code to name of the 23 languages."""
         return dict(SUPPORTED_LANGUAGES)
 

@@ -35,7 +35,7 @@ MAX_TEXT_TOKENS: Final = 2048
 OPTION_RANGES: Final[dict[str, tuple[float, float]]] = {
     "exaggeration": (0.0, 2.0),
     "cfg_weight": (0.0, 10.0),
-    "temperature": (0.0, 5.0),
+    "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
     "repetition_penalty": (0.1, 10.0),

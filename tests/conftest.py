@@ -11,6 +11,8 @@ import pytest
 
 # Read when vLLM and torch are imported, so before any test is.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The networks here are tiny: more threads only get into each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # On a CPU: the engine's one worker lives in the engine's process.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from chatterbox_vllm import upstream
 from chatterbox_vllm.bench.workload import random_text, random_voice
@@ -101,8 +104,25 @@ def upstream_tokens(weights: Path, asked: list[Request], count: int) -> list[lis
         )[0].tolist()
 
     no_analyzer = property(lambda self: False)
-    with mock.patch.object(torch, "multinomial", greedy), mock.patch.object(type(t3.hp), "is_multilingual", no_analyzer):
+    quiet = partial(tqdm, disable=True)
+    with (
+        mock.patch.object(torch, "multinomial", greedy),
+        mock.patch.object(type(t3.hp), "is_multilingual", no_analyzer),
+        mock.patch.object(upstream.load("t3.t3"), "tqdm", quiet),
+    ):
         return [one(request) for request in asked]
+
+
+@contextmanager
+def llvmlite_hidden() -> Iterator[None]:
+    """In-process CPU engines look through every loaded module, and trip over llvmlite's way of answering."""
+    hidden = {name: module for name, module in sys.modules.items() if name.startswith("llvmlite")}
+    for name in hidden:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        sys.modules.update(hidden)
 
 
 class InProcessT3:
@@ -115,9 +135,9 @@ class InProcessT3:
         self.config: T3Config = infer_config(weights, mask_invalid_tokens=mask_invalid_tokens)
         folder = model_folder(weights, self.config, cache)
         engine = {"max_model_len": 512, "max_num_seqs": 32, "kv_cache_memory_bytes": 256 << 20, **engine}
-        self._engine = LLMEngine.from_engine_args(
-            EngineArgs(model=str(folder), **engine_arguments(self.config, engine)), enable_multiprocessing=False
-        )
+        arguments = EngineArgs(model=str(folder), **engine_arguments(self.config, engine))
+        with llvmlite_hidden():
+            self._engine = LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
         self._conditioner = VoiceConditioner(load_tensors(weights))
 
     @property

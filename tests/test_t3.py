@@ -91,7 +91,7 @@ def test_checkpoint_keys_are_strict(demo: Checkpoint, tmp_path: Path) -> None:
 def test_truncated_checkpoint(demo: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "t3_cfg.safetensors"
     path.write_bytes(demo.t3.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="t3_cfg.safetensors is not a readable safetensors file"):
+    with pytest.raises(CheckpointError, match=r"t3_cfg\.safetensors is not a readable safetensors file"):
         infer_config(path)
 
 

@@ -1,8 +1,8 @@
 """T3, the text-to-speech-token Llama, as a vLLM model.
 
-One vLLM request is one utterance. What a forward pass must know of a request (its guidance weight and learned positions)
-travels in the M-RoPE positions (``positions``); its voice travels as one multimodal item (``processor``); guidance runs as
-doubled attention heads (``backbone``). Nothing here is imported until an engine is built.
+One vLLM request is one utterance. What a forward pass must know of a request (its guidance weight and learned
+positions) travels in the M-RoPE positions (``positions``); its voice travels as one multimodal item (``processor``);
+guidance runs as doubled attention heads (``backbone``). Nothing here is imported until an engine is built.
 """
 
 from __future__ import annotations

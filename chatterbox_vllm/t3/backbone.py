@@ -1,11 +1,12 @@
 """T3's Llama under classifier-free guidance: upstream's ``T3.inference`` loop body, for many requests at once.
 
-Each of N scheduled tokens becomes two rows, conditional and unconditional, interleaved. The linear layers see 2N rows; for
-attention the pair becomes one token with twice the heads, so both halves share their cache blocks and cannot drift apart.
-The guided logits are linear in the hidden state, so guidance happens after the final norm and the head runs once.
+Each of N scheduled tokens becomes two rows, conditional and unconditional, interleaved. The linear layers see 2N rows;
+for attention the pair becomes one token with twice the heads, so both halves share their cache blocks and cannot drift
+apart. The guided logits are linear in the hidden state: guidance happens after the final norm, and the head runs once.
 
-``GuidedLlama`` is the unit of compilation and of CUDA graphs: its inputs are vLLM's own persistent buffers. With a smaller
-unit (vLLM's ``LlamaModel``) the doubled rows would be temporaries made outside the graph, replayed from stale addresses.
+``GuidedLlama`` is the unit of compilation and of CUDA graphs: its inputs are vLLM's own persistent buffers. With a
+smaller unit (vLLM's ``LlamaModel``) the doubled rows would be temporaries made outside the graph, which would replay
+with stale addresses.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.positions import ORIGIN, unpack
+from chatterbox_vllm.t3.rotary import CenteredRotary, rotate
+
+Angles = tuple[Tensor, Tensor]
 
 
 class GuidedAttention(nn.Module):
@@ -53,9 +56,6 @@ class GuidedAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.rotary_emb = get_rope(
-            config.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
-        )
         self.attn = Attention(
             2 * self.heads,
             config.head_dim,
@@ -66,13 +66,12 @@ class GuidedAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-    def forward(self, positions: Tensor, hidden: Tensor) -> Tensor:
-        """positions (2N,) int64, hidden (2N, H) -> (2N, H)."""
+    def forward(self, angles: Angles, hidden: Tensor) -> Tensor:
+        """hidden (2N, H) -> (2N, H); ``angles`` are the N pairs' (``CenteredRotary``)."""
         qkv, _ = self.qkv_proj(hidden)
-        q, k, v = qkv.split(self.width, dim=-1)
-        q, k = self.rotary_emb(positions, q, k)
-        pairs = [rows.reshape(-1, 2 * self.width) for rows in (q, k, v)]
-        mixed = self.attn(*pairs).reshape(-1, self.width)
+        pairs = qkv.unflatten(1, (3, self.heads, 2, -1)).unflatten(0, (-1, 2)).movedim(2, 0)  # (3, N, 2, heads, 2, d/2)
+        q, k = rotate(pairs[:2], *angles).flatten(2)
+        mixed = self.attn(q, k, pairs[2].flatten(1)).reshape(-1, self.width)
         output, _ = self.o_proj(mixed)
         return output
 
@@ -80,7 +79,7 @@ class GuidedAttention(nn.Module):
 class FullPrecisionNorm(nn.Module):
     """RMSNorm that adds to a float32 residual stream.
 
-    Thirty layers of additions are where half precision loses most. Compiled, this is one kernel, as vLLM's fused norm is.
+    Thirty layers of additions are where half precision loses most. Compiled, this is one kernel, as vLLM's own is.
     """
 
     def __init__(self, width: int, eps: float) -> None:
@@ -109,16 +108,16 @@ class GuidedLayer(nn.Module):
         self.input_layernorm = FullPrecisionNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = FullPrecisionNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, positions: Tensor, update: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, angles: Angles, update: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """As vLLM's ``LlamaDecoderLayer``: a layer's output is added to the residual by the next norm.
 
         Args:
-            positions: (2N,) int64.
+            angles: ``CenteredRotary``'s.
             update: (2N, H), the previous layer's output, in the model's dtype.
             residual: (2N, H) float32.
         """
         normed, residual = self.input_layernorm(update, residual)
-        update = self.self_attn(positions, normed.to(update.dtype))
+        update = self.self_attn(angles, normed.to(update.dtype))
         normed, residual = self.post_attention_layernorm(update, residual)
         return self.mlp(normed.to(update.dtype)), residual
 
@@ -142,6 +141,7 @@ class GuidedLlama(nn.Module):
         config = vllm_config.model_config.hf_config
         self.text_pos_emb = nn.Embedding(config.text_positions, config.hidden_size)
         self.speech_pos_emb = nn.Embedding(config.speech_positions, config.hidden_size)
+        self.rotary = CenteredRotary(config)
         self.layers = nn.ModuleList(
             GuidedLayer(vllm_config, f"{prefix}.layers.{i}") for i in range(config.num_hidden_layers)
         )
@@ -168,13 +168,13 @@ class GuidedLlama(nn.Module):
         return torch.stack([tokens + learned, unconditional + learned], dim=1).flatten(0, 1)
 
     def forward(self, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """positions (3, N) int64, inputs_embeds (N, H) -> guided hidden state (N, H), of the dtype of ``inputs_embeds``."""
+        """positions (3, N) int64, inputs_embeds (N, H) -> guided hidden state (N, H), in the model's dtype."""
         rope, kind, weight = unpack(positions)
         residual = self.embed_positions(kind, inputs_embeds)
         update = torch.zeros_like(residual, dtype=inputs_embeds.dtype)
-        rope = rope.repeat_interleave(2)
+        angles = self.rotary(rope)
         for layer in self.layers:
-            update, residual = layer(rope, update, residual)
+            update, residual = layer(angles, update, residual)
         hidden, _ = self.norm(update, residual)
         conditional, unconditional = hidden.unflatten(0, (-1, 2)).unbind(1)
         return (conditional + weight.unsqueeze(-1) * (conditional - unconditional)).to(inputs_embeds.dtype)

@@ -1,16 +1,16 @@
 """The 34 vectors by which T3 knows a voice: upstream's ``T3.prepare_conditioning`` and ``T3CondEnc``.
 
-They are computed in front of the engine, in float32 on the CPU: a voice costs a few milliseconds once, an exaggeration one
-vector.
+They are computed in front of the engine, in float32 on the CPU: a voice costs a few milliseconds once, an exaggeration
+one vector.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from threading import Lock
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -60,10 +60,11 @@ class VoiceConditioner(nn.Module):
 
     Args:
         tensors: T3's checkpoint, at least the keys of ``wanted``.
-        cached_voices: how many voices' prefixes are kept.
+        dtype: of the prefixes; they are computed in float32.
+        cached: how many voices, and how many prefixes, are kept.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, cached_voices: int = 256) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch.float32, cached: int = 256) -> None:
         super().__init__()
         queries, width = tensors[f"{PREFIX}perceiver.pre_attention_query"].shape[1:]
         self.spkr_enc = nn.Linear(tensors[f"{PREFIX}spkr_enc.weight"].shape[1], width)
@@ -73,8 +74,9 @@ class VoiceConditioner(nn.Module):
         self.speech_emb = tensors["speech_emb.weight"]
         self.speech_pos_emb = tensors["speech_pos_emb.emb.weight"]
         self.requires_grad_(False)
-        self._cached_voices = cached_voices
-        self._voices: OrderedDict[str, Tensor] = OrderedDict()
+        self._dtype = dtype
+        self._voices: LRUCache[str, Tensor] = LRUCache(cached)
+        self._prefixes: LRUCache[tuple[str, float], Tensor] = LRUCache(cached)
         self._lock = Lock()
 
     @staticmethod
@@ -84,24 +86,23 @@ class VoiceConditioner(nn.Module):
 
     @torch.inference_mode()
     def prefix(self, voice: VoiceFeatures, exaggeration: float) -> Tensor:
-        """The prefix of a prompt.
+        """The prefix of a prompt: speaker, perceiver, exaggeration. It is shared: not to be changed.
 
         Returns:
-            (34, H) float32: speaker, perceiver, exaggeration.
+            (34, H) of ``dtype``.
         """
-        emotion = self.emotion_adv_fc.weight[:, 0] * exaggeration
-        return torch.cat([self._voice(voice), emotion.unsqueeze(0)])
+        key = (voice.digest, exaggeration)
+        with self._lock:
+            if key not in self._prefixes:
+                emotion = self.emotion_adv_fc.weight[:, 0] * exaggeration
+                self._prefixes[key] = torch.cat([self._voice(voice), emotion.unsqueeze(0)]).to(self._dtype)
+            return self._prefixes[key]
 
     def _voice(self, voice: VoiceFeatures) -> Tensor:
-        with self._lock:
-            if (known := self._voices.get(voice.digest)) is not None:
-                self._voices.move_to_end(voice.digest)
-                return known
-        prompt = self.speech_emb[voice.t3_prompt_tokens].float()
-        prompt = prompt + self.speech_pos_emb[: len(prompt)].float()
-        vectors = torch.cat([self.spkr_enc(voice.speaker_embedding.unsqueeze(0)), self.perceiver(prompt)])
-        with self._lock:
-            self._voices[voice.digest] = vectors
-            if len(self._voices) > self._cached_voices:
-                self._voices.popitem(last=False)
-        return vectors
+        """(33, H): what does not depend on the exaggeration."""
+        if voice.digest not in self._voices:
+            prompt = self.speech_emb[voice.t3_prompt_tokens].float()
+            prompt = prompt + self.speech_pos_emb[: len(prompt)].float()
+            speaker = self.spkr_enc(voice.speaker_embedding.unsqueeze(0))
+            self._voices[voice.digest] = torch.cat([speaker, self.perceiver(prompt)])
+        return self._voices[voice.digest]

@@ -1,14 +1,13 @@
 """What vLLM loads T3 from: a folder with a config.json and the checkpoint's T3 file under a name vLLM looks for.
 
-Upstream's folder has no config.json and holds other networks' weights beside T3's, so vLLM gets a folder of its own in our
-cache, with a link to the file. The file is checked here, from its header, before an engine is started.
+Upstream's folder has no config.json and holds other networks' weights beside T3's, so vLLM gets a folder of its own in
+our cache, with a link to the file. The file is checked here, from its header, before an engine is started.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -125,4 +124,4 @@ def _replace(path: Path, make: Callable[[Path], object]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         fresh = Path(scratch) / path.name
         make(fresh)
-        os.replace(fresh, path)
+        fresh.replace(path)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncGenerator, Sequence
 
-import torch
-from torch import Tensor
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -18,6 +16,8 @@ from chatterbox_vllm.t3.positions import weight_steps
 from chatterbox_vllm.t3.processor import engine_input
 from chatterbox_vllm.t3.prompt import OVERHEAD, prompt_tokens, sampling_params
 from chatterbox_vllm.types import STOP_SPEECH, SpeechOptions, VoiceFeatures
+
+SHUTDOWN_SECONDS = 10.0
 
 
 class T3Generator:
@@ -33,7 +33,7 @@ class T3Generator:
         self._llm = llm
         self._config = config
         self._conditioner = conditioner
-        self._dtype: torch.dtype = llm.vllm_config.model_config.dtype
+        self._closed = False
         self._names = (f"t3-{i}" for i in itertools.count())
         self.max_model_len: int = llm.vllm_config.model_config.max_model_len
 
@@ -48,17 +48,27 @@ class T3Generator:
 
     @property
     def dead(self) -> bool:
-        return self._llm.errored
+        return self._closed or self._llm.errored
 
     @property
     def unfinished(self) -> int:
         """Requests vLLM still works on; 0 when nothing leaked."""
-        return self._llm.output_processor.get_num_unfinished_requests()
+        return 0 if self._closed else self._llm.output_processor.get_num_unfinished_requests()
+
+    async def leaked(self) -> bool:
+        """Whether vLLM holds KV blocks though no request is under way; only meaningful while none is."""
+        return not await self._llm.reset_prefix_cache()
 
     async def tokens(
-        self, text: Sequence[int], voice: VoiceFeatures, options: SpeechOptions, *, incremental: bool, min_tokens: int = 0
+        self,
+        text: Sequence[int],
+        voice: VoiceFeatures,
+        options: SpeechOptions,
+        *,
+        incremental: bool,
+        min_tokens: int = 0,
     ) -> AsyncGenerator[list[int], None]:
-        """Speech tokens, without start and stop. Closing or cancelling the iterator aborts the request in the engine.
+        """Speech tokens, without start and stop. Closing or cancelling the generator aborts the request in vLLM.
 
         Args:
             text: ids without start and stop.
@@ -77,7 +87,7 @@ class T3Generator:
                 f"shorten it to {self.max_text_tokens} tokens or raise max_model_len",
                 param="text",
             )
-        prefix = self._prefix(voice, options.exaggeration)
+        prefix = self._conditioner.prefix(voice, options.exaggeration)
         key = f"{voice.digest}:{options.exaggeration!r}"
         prompt = engine_input(tokens, prefix, weight_steps(options.cfg_weight), key)
         params = sampling_params(options, max_tokens=min(options.max_tokens, room), incremental=incremental)
@@ -99,9 +109,14 @@ class T3Generator:
         finally:
             await outputs.aclose()
 
-    def _prefix(self, voice: VoiceFeatures, exaggeration: float) -> Tensor:
-        return self._conditioner.prefix(voice, exaggeration).to(self._dtype)
-
     def shutdown(self) -> None:
-        """Ends the engine's processes."""
-        self._llm.shutdown()
+        """Ends the engine's processes, which get some seconds to do so by themselves. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        handler = self._llm.output_handler
+        if handler is not None and not self._llm.output_processor.has_unfinished_requests():
+            # It would report the end as an engine's death. With requests under way it has to: they wait for it.
+            handler.get_loop().call_soon_threadsafe(handler.cancel)
+        self._llm.shutdown(timeout=SHUTDOWN_SECONDS)
+        del self._llm  # at the interpreter's exit its __del__ fails

@@ -57,7 +57,8 @@ def launch(weights: Path, *, cache: Path, mask_invalid_tokens: bool = True, **en
     logging.getLogger("vllm").setLevel(_log_level())
     with _environment(_worker_environment()), _main_module_hidden():
         llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **arguments))
-    return T3Generator(llm, config, VoiceConditioner(_conditioning_tensors(weights)))
+    conditioner = VoiceConditioner(_conditioning_tensors(weights), dtype=llm.vllm_config.model_config.dtype)
+    return T3Generator(llm, config, conditioner)
 
 
 def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,6 +84,8 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, An
     if current_platform.is_cpu():
         # Compiling takes a CPU a minute and gains 15%.
         defaults["enforce_eager"] = True
+        # vLLM's CPU runner fails on a seeded request whose prefill is cut in two, and takes the engine with it.
+        defaults |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 2048)}
         if "kv_cache_memory_bytes" not in given and "num_gpu_blocks_override" not in given:
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32))
     return {**defaults, **given}
@@ -113,7 +116,8 @@ def _cpu_cache_bytes(config: T3Config, length: int, requests: int) -> int:
 
 
 def _log_level() -> str:
-    return os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
+    # vLLM warns of each of this design's choices, and of much that a speech server's user cannot change.
+    return os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def _worker_environment() -> dict[str, str]:

@@ -1,7 +1,8 @@
 """How a request's position, token kind and guidance weight travel in three rows of M-RoPE positions.
 
-A forward pass sees tokens, not requests. vLLM lets a model choose the positions of a prompt freely, in three rows, and then
-counts on from them: a decoded token at index p gets ``p + delta`` in all rows. So, with ``bos`` the index of the second BOS:
+A forward pass sees tokens, not requests. vLLM lets a model choose the positions of a prompt freely, in three rows, and
+then counts on from them: a decoded token at index p gets ``p + delta`` in all rows. So, with ``bos`` the index of the
+second BOS:
 
     row 0   weight * POSITIONS + ORIGIN + (p - bos)     guidance weight, and the RoPE position (RoPE is relative)
     row 1   0                                           a vector of the voice prefix

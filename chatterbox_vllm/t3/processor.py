@@ -1,4 +1,7 @@
-"""The voice prefix as vLLM's multimodal item. Requests arrive fully processed (``prompt``); this serves vLLM's profiling."""
+"""The voice prefix as vLLM's multimodal item.
+
+Requests arrive fully processed (``generator``): the processor only serves vLLM's profiling.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ VOICE = "voice"
 
 
 def voice_item(prefix: Tensor, steps: int) -> MultiModalKwargsItem:
-    """One request's voice: ``prefix`` (34, H) of the model's dtype, and its guidance weight (``positions.weight_steps``)."""
+    """One request's voice: ``prefix`` (34, H) of the model's dtype, and its guidance weight in ``weight_steps``."""
     return MultiModalKwargsItem(
         {
             "voice": MultiModalFieldElem(prefix, MultiModalBatchedField()),

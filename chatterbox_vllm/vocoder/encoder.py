@@ -81,8 +81,7 @@ class InputProjection(nn.Module):
         self.scale = math.sqrt(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.out(x)
-        return projected * self.scale
+        return self.out(x) * self.scale
 
 
 class Lookahead(nn.Module):
@@ -95,8 +94,7 @@ class Lookahead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ahead = F.leaky_relu(self.conv1(F.pad(x.transpose(1, 2), (0, LOOKAHEAD_TOKENS))))
-        mixed: Tensor = self.conv2(F.pad(ahead, (2, 0)))
-        return mixed.transpose(1, 2) + x
+        return self.conv2(F.pad(ahead, (2, 0))).transpose(1, 2) + x
 
 
 class Upsampling(nn.Module):
@@ -108,8 +106,8 @@ class Upsampling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         frames = x.repeat_interleave(FRAMES_PER_TOKEN, dim=1).transpose(1, 2)
-        smoothed: Tensor = self.conv(F.pad(frames, (2 * FRAMES_PER_TOKEN, 0)))
-        return smoothed.transpose(1, 2)
+        # Contiguous, as upstream makes it: a matrix product of a transposed input rounds differently.
+        return self.conv(F.pad(frames, (2 * FRAMES_PER_TOKEN, 0))).transpose(1, 2).contiguous()
 
 
 class ConformerBlock(nn.Module):
@@ -124,8 +122,7 @@ class ConformerBlock(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, hidden: Tensor | None) -> Tensor:
         x = x + self.self_attn(self.norm_mha(x), positions, hidden)
-        fed: Tensor = self.feed_forward(self.norm_ff(x))
-        return x + fed
+        return x + self.feed_forward(self.norm_ff(x))
 
 
 class FeedForward(nn.Module):

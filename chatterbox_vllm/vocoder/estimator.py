@@ -95,8 +95,8 @@ def _run(resnet: nn.Module, blocks: nn.ModuleList, x: Tensor, shift: Tensor, mas
 
 
 def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """A convolution of kernel 1 over (B, T, channels)."""
-    return F.linear(x, conv.weight.squeeze(-1), conv.bias)
+    """A convolution of kernel 1 over (B, T, channels); not as a matrix product, which rounds differently."""
+    return conv(x.transpose(1, 2)).transpose(1, 2)
 
 
 class TimeEmbedding(nn.Module):
@@ -122,7 +122,7 @@ class CausalConv(nn.Conv1d):
         super().__init__(inputs, outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2)
+        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2).contiguous()
 
 
 class CausalBlock(nn.Module):
@@ -148,8 +148,7 @@ class CausalResnet(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         """``shift`` (width,) is what ``mlp`` makes of the time."""
-        moved: Tensor = self.block2(self.block1(x) + shift)
-        return moved + _pointwise(self.res_conv, x)
+        return self.block2(self.block1(x) + shift) + _pointwise(self.res_conv, x)
 
 
 class TransformerBlock(nn.Module):
@@ -164,8 +163,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x), mask)
-        fed: Tensor = self.ff(self.norm3(x))
-        return x + fed
+        return x + self.ff(self.norm3(x))
 
 
 class Attention(nn.Module):

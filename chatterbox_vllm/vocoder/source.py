@@ -43,8 +43,7 @@ class PitchPredictor(nn.Module):
         x = mel.to(self.classifier.weight.dtype)
         for conv in self.condnet.values():
             x = edges.clear(F.elu(conv(x)))
-        pitch: Tensor = self.classifier(x.transpose(1, 2)).squeeze(-1).abs()
-        return pitch.float()
+        return self.classifier(x.transpose(1, 2)).squeeze(-1).abs().float()
 
 
 class Source(nn.Module):
@@ -77,7 +76,7 @@ class Source(nn.Module):
         waves = torch.sin(2 * math.pi * (turns % 1) + offsets[..., None]) * _SINE_AMPLITUDE
         voiced = (pitch > _VOICED_ABOVE).float().repeat_interleave(FRAME_SAMPLES, dim=1)[:, None]
         loudness = voiced * _VOICED_NOISE + (1 - voiced) * (_SINE_AMPLITUDE / 3)
-        merged: Tensor = self.l_linear((waves * voiced + loudness * noise).transpose(1, 2))
+        merged = self.l_linear((waves * voiced + loudness * noise).transpose(1, 2))
         return merged.squeeze(-1).tanh()
 
 

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from chatterbox_vllm.types import SAMPLE_RATE, VoiceFeatures
+from chatterbox_vllm.types import SAMPLE_RATE, SpeechOptions, VoiceFeatures
 from chatterbox_vllm.vocoder import noise
 from chatterbox_vllm.vocoder.batching import is_ragged, packed, padded, row_mask
 from chatterbox_vllm.vocoder.edges import Edges
@@ -84,21 +84,21 @@ class Vocoder:
         """Starts an utterance. It holds nothing that would need closing.
 
         Raises:
-            InvalidRequest: ``voice`` does not fit; ``param`` is ``voice``.
+            InvalidRequest: ``voice`` does not fit, or ``diffusion_steps`` is out of range; ``param`` says which.
         """
         check_voice(voice)
+        SpeechOptions(seed=seed, diffusion_steps=diffusion_steps)  # knows their ranges
         return Utterance(voice, seed, diffusion_steps)
 
     def synthesize(self, tokens: Tensor, voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10) -> Tensor:
         """A whole utterance: (n,) int64 tokens to (960 n,) float32 samples on the CPU.
 
         Raises:
-            InvalidRequest: ``tokens`` or ``voice`` does not fit; ``param`` says which.
+            InvalidRequest: an argument does not fit; ``param`` says which.
         """
         utterance = self.open(voice, seed=seed, diffusion_steps=diffusion_steps)
         return self.advance([Chunk(utterance, tokens, final=True)])[0]
 
-    @torch.inference_mode()
     def advance(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Takes chunks of different utterances and says what can be said.
 
@@ -113,11 +113,13 @@ class Vocoder:
             raise ValueError("a batch holds two chunks of one utterance")
         steps = [plan(chunk) for chunk in chunks]
         spoken: dict[Step, Tensor] = {}
-        for batch in self._batches(steps):
-            spoken.update(zip(batch, self._speak(batch), strict=True))
+        with torch.inference_mode():
+            for batch in self._batches(steps):
+                spoken.update(zip(batch, self._speak(batch), strict=True))
         for step in steps:
             step.take()
-        return [spoken[step] if step in spoken else torch.empty(0) for step in steps]
+        # Copied, so that each owns its memory and may be changed outside of inference mode.
+        return [spoken.get(step, torch.empty(0)).clone() for step in steps]
 
     def _batches(self, steps: list[Step]) -> list[list[Step]]:
         """Steps that can run together: as many diffusion steps, and no more frames than fit."""

@@ -59,9 +59,10 @@ def fold_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Multiplies norms and directions out, as ``torch.nn.utils.parametrizations.weight_norm`` does in every call.
 
     Returns:
-        All tensors, the floating ones as float32, with ``<layer>.weight`` in place of the parametrised pairs.
+        All tensors as float32, with ``<layer>.weight`` in place of the parametrised pairs. They are copies: a tensor of
+        a file mapped into memory lies at any address, and matrix kernels round differently where it is not aligned.
     """
-    plain = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    plain = {key: tensor.to(torch.float32, copy=True) for key, tensor in tensors.items()}
     for key in [key for key in plain if key.endswith(_DIRECTION)]:
         layer = key.removesuffix(_DIRECTION)
         if layer + _NORM in plain:

@@ -91,10 +91,10 @@ class VocoderWorker:
             EngineDead: the worker is closed, was closed meanwhile, or never started.
         """
         async with self._places:
-            if not self.is_alive:
-                raise EngineDead("the vocoder is not running")
             job = _Job(chunk, asyncio.get_running_loop().create_future())
             with self._changed:
+                if self._loop is None or self._closing:
+                    raise EngineDead("the vocoder is not running")
                 self._jobs.append(job)
                 self._changed.notify()
             try:
