@@ -1,12 +1,13 @@
 """This deployment's choices: the file to edit. Only server.py (and so start-api-server.sh) reads it.
 
 A value here beats a preset and the defaults of chatterbox_vllm/settings.py; a command-line flag, an environment
-variable and .env beat what is written here. None = not decided here.
+variable and the .env beside this file beat what is written here. None = not decided here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from chatterbox_vllm.settings import Settings, load
@@ -26,4 +27,4 @@ OTHER: dict[str, Any] = {}
 def settings(flags: Mapping[str, Any] | None = None) -> Settings:
     """This deployment's settings; ``flags`` are the command line's."""
     chosen = {"quantization": BNB_QUANTIZATION, "temperature": TEMPERATURE, "top_p": TOP_P}
-    return load(flags, deployment=chosen | OTHER)
+    return load(flags, deployment=chosen | OTHER, env_file=Path(__file__).with_name(".env"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from chatterbox_vllm.engine import AsyncChatterbox
     from chatterbox_vllm.tts import ChatterboxMultilingualTTS, ChatterboxTTS
-    from chatterbox_vllm.types import SpeechOptions, VoiceFeatures
+    from chatterbox_vllm.types import SpeechOptions, SpeechRequest, VoiceFeatures
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -16,9 +16,17 @@ _HOMES = {
     "ChatterboxTTS": "tts",
     "ChatterboxMultilingualTTS": "tts",
     "SpeechOptions": "types",
+    "SpeechRequest": "types",
     "VoiceFeatures": "types",
 }
-__all__ = ["AsyncChatterbox", "ChatterboxMultilingualTTS", "ChatterboxTTS", "SpeechOptions", "VoiceFeatures"]
+__all__ = [
+    "AsyncChatterbox",
+    "ChatterboxMultilingualTTS",
+    "ChatterboxTTS",
+    "SpeechOptions",
+    "SpeechRequest",
+    "VoiceFeatures",
+]
 
 
 def __getattr__(name: str) -> Any:

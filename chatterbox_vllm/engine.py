@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.platforms import current_platform
 
 from chatterbox_vllm.audio.watermark import Watermarker, WatermarkStream
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, cache_dir, resolve
@@ -28,7 +29,14 @@ from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.text.tokenise import load_tokenizer
-from chatterbox_vllm.types import MAX_TEXT_TOKENS, SAMPLE_RATE, SPOKEN_TOKENS, SpeechRequest, VoiceFeatures
+from chatterbox_vllm.types import (
+    CHUNK_LENGTHS,
+    MAX_TEXT_TOKENS,
+    SAMPLE_RATE,
+    SPOKEN_TOKENS,
+    SpeechRequest,
+    VoiceFeatures,
+)
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule
 from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk, Utterance
@@ -118,13 +126,25 @@ class AsyncChatterbox:
         """
         _check("max_batch_size", 1 if max_batch_size is None else max_batch_size, 1, 4096, int)
         _check("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0, float)
-        _check("max_chunk_length", max_chunk_length, 20, 10_000, int)
+        _check("max_chunk_length", max_chunk_length, *CHUNK_LENGTHS, int)
+        if "max_num_seqs" in engine_args:
+            raise ConfigurationError("max_num_seqs is called max_batch_size here", param="max_num_seqs")
+        on_gpu = torch.cuda.is_available()
+        if device == "cpu" and not current_platform.is_cpu():
+            raise ConfigurationError(
+                "device='cpu' needs vLLM's CPU build, and this is another; vocoder_device='cpu' moves the vocoder",
+                param="device",
+            )
+        where = _device("device", device) or ("cuda" if on_gpu else "cpu")
+        vocoder_where = _device("vocoder_device", vocoder_device) or where
         checkpoint = model if isinstance(model, Checkpoint) else await asyncio.to_thread(resolve, model, variant)
         if checkpoint.is_demo:
             logger.warning("%s holds random weights: it speaks noise", checkpoint.folder)
-        on_gpu = torch.cuda.is_available()
-        where = _device("device", device) or ("cuda" if on_gpu else "cpu")
-        vocoder_where = _device("vocoder_device", vocoder_device) or where
+        # What takes no time comes first, so that its errors do, too.
+        voices = VoiceLibrary(checkpoint, folder=voices_dir, device=where)
+        tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
+        watermarker = await asyncio.to_thread(Watermarker) if watermark else None
+        warming = asyncio.ensure_future(asyncio.to_thread(watermarker.warm_up)) if watermarker else None
         started = time.perf_counter()
         logger.info("loading T3 (%s) from %s into vLLM", checkpoint.variant, checkpoint.folder)
         loading_t3 = asyncio.ensure_future(
@@ -142,11 +162,10 @@ class AsyncChatterbox:
         )
         try:
             t3 = await asyncio.shield(loading_t3)
-            logger.info("T3 is up after %.0f s; loading vocoder and voices", time.perf_counter() - started)
+            logger.info("T3 is up after %.0f s; loading the vocoder", time.perf_counter() - started)
             vocoder = await asyncio.to_thread(Vocoder.from_checkpoint, checkpoint.s3gen, device=vocoder_where)
-            voices = await asyncio.to_thread(VoiceLibrary, checkpoint, folder=voices_dir, device=where)
-            tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
-            watermarker = Watermarker() if watermark else None
+            if warming:
+                await warming
         except BaseException:
             # A thread cannot be stopped: an engine that comes up after all is ended then.
             loading_t3.add_done_callback(_end_late_engine)
@@ -193,8 +212,8 @@ class AsyncChatterbox:
                             samples = await asyncio.to_thread(mark.feed, chunk.numpy()) if mark else chunk.numpy()
                             if len(samples):
                                 yield samples
-            if mark:
-                yield await asyncio.to_thread(mark.finish)
+            if mark and len(samples := await asyncio.to_thread(mark.finish)):
+                yield samples
 
     async def speak(self, request: SpeechRequest) -> Samples:
         """The whole sound: float32 (n,) at 24 kHz."""
@@ -279,18 +298,22 @@ class AsyncChatterbox:
         return self._vocoder.open(request.voice, seed=part.seed, diffusion_steps=request.options.diffusion_steps)
 
     async def _vocode(self, part: _Part) -> AsyncGenerator[torch.Tensor, None]:
-        """A part's sound in growing chunks, while its tokens still come."""
-        state, sizes = self._open(part), self._schedule.sizes()
-        size, waiting, final = next(sizes), list[int](), False
-        while not final:
-            new, final = await part.take()
-            waiting += new
-            if len(waiting) < size and not final:
-                continue
-            samples = await self._worker.submit(Chunk(state, _ids(waiting), final=final))
-            size, waiting = next(sizes), []
+        """A part's sound in growing chunks, while its tokens still come.
+
+        The tokens alone decide where they are cut, not how fast they come: so a stream can be repeated.
+        """
+        state, waiting, complete = self._open(part), list[int](), False
+        for size in self._schedule.sizes():
+            while len(waiting) <= size and not complete:
+                new, complete = await part.take()
+                waiting += new
+            final = len(waiting) <= size
+            samples = await self._worker.submit(Chunk(state, _ids(waiting[:size]), final=final))
             if len(samples):
                 yield samples
+            if final:
+                return
+            waiting = waiting[size:]
 
     async def _vocode_whole(self, part: _Part) -> torch.Tensor:
         tokens, final = list[int](), False
@@ -336,7 +359,7 @@ def _ids(tokens: list[int]) -> torch.Tensor:
 def _device(name: str, wanted: str | None) -> str | None:
     if wanted is None or wanted == "cpu":
         return wanted
-    kind, _, index = wanted.partition(":")
+    kind, _, index = str(wanted).partition(":")
     count = torch.cuda.device_count()
     if kind != "cuda" or (index and not index.isdecimal()) or int(index or 0) >= count:
         cards = f", cuda:0 to cuda:{count - 1}" if count else "; this machine has no CUDA device"

@@ -4,7 +4,7 @@ A value is taken from the first of these that has it:
 
     command-line flag > environment > .env > config.py > preset > default
 
-``load`` is the only reader of the environment in the package (``checkpoint.cache_dir`` apart); ``Settings(...)`` alone
+``load`` is the only reader of our variables in the package (``checkpoint.cache_dir`` apart); ``Settings(...)`` alone
 reads nothing. The variable of a setting is ``CHATTERBOX_`` and its name in capitals; ``OTHER_NAMES`` has the
 spellings that other Chatterbox servers made familiar. A wrong value is a ``ConfigurationError`` whose text
 names where it came from, the value and what is allowed. An empty variable counts as unset.
@@ -30,7 +30,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, T
 from pydantic.fields import FieldInfo
 
 from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.types import MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
+from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_MODEL_LEN, MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +119,10 @@ class Settings(BaseModel):
     max_model_len: int = Field(
         2048,
         ge=128,
-        le=2050,
+        le=MAX_MODEL_LEN,
         description="positions of one utterance: 38, its text tokens, 25 a second of speech",
     )
-    gpu_memory_utilization: float = Field(0.5, gt=0, le=1, description="share of the GPU's memory that vLLM may take")
+    gpu_memory_utilization: float = Field(0.5, ge=0.01, le=1, description="share of the GPU's memory that T3 may take")
     dtype: Dtype = Field("auto", description="T3's number format; auto is the engine's choice for the device")
     device: str = Field(
         "auto", min_length=1, description="auto, cuda or cpu; the start script installs vLLM's build for it"
@@ -149,9 +149,11 @@ class Settings(BaseModel):
     diffusion_steps: int = _option("diffusion_steps", "default steps of the vocoder's flow")
     language: str = Field("en", pattern="^[a-z]{2}$", description="language of multilingual requests that name none")
 
-    max_chunk_length: int = Field(300, ge=20, le=2000, description="longer text is split at sentence ends (characters)")
+    max_chunk_length: int = Field(
+        300, ge=CHUNK_LENGTHS[0], le=CHUNK_LENGTHS[1], description="longer text is split at sentence ends (characters)"
+    )
     first_chunk_tokens: int = Field(
-        15, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in a stream's first piece"
+        20, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in a stream's first piece"
     )
     chunk_growth: float = Field(2.0, ge=1, le=16, description="how much longer each further piece is")
     largest_chunk_tokens: int = Field(240, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in its longest piece")

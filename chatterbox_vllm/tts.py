@@ -10,10 +10,12 @@ The engine runs in an event loop on a thread of its own; every method here may b
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant
 from chatterbox_vllm.engine import AsyncChatterbox
 from chatterbox_vllm.errors import EngineDead, InvalidRequest
+from chatterbox_vllm.text.frontend import check_text
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.types import SAMPLE_RATE, SpeechOptions, SpeechRequest, VoiceFeatures
 
@@ -34,6 +37,8 @@ PROGRESS_FROM = 8
 """Batches of at least so many texts show a progress bar."""
 IN_FLIGHT = 1024
 """Texts handed to the engine at once; it batches as many of them as fit."""
+MULTILINGUAL = (Variant.MULTILINGUAL, Variant.MULTILINGUAL_V3)
+_SHUT_DOWN = "this model was shut down; build a new one"
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class ChatterboxTTS:
     sr = SAMPLE_RATE
 
     def __init__(self, model: str | Path | Checkpoint, **engine: Any) -> None:
+        self._running: set[Future[Any]] = set()
+        self._streams: set[AsyncGenerator[Any, None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="chatterbox", daemon=True)
         self._thread.start()
@@ -116,15 +123,15 @@ class ChatterboxTTS:
 
     def generate_stream(
         self, text: str, audio_prompt_path: Any = None, language_id: str | None = None, **options: Any
-    ) -> Iterator[Tensor]:
-        """Speaks one text, piece by piece: (1, n) float32 tensors as they are ready. Leaving the loop aborts it."""
-        (request,) = self._requests([text], audio_prompt_path, language_id, options)
-        stream = self._engine.stream(request)
-        try:
-            while (samples := self._run(_next(stream))) is not None:
-                yield _as_tensor(samples)
-        finally:
-            self._run(stream.aclose())
+    ) -> Generator[Tensor, None, None]:
+        """Speaks one text, piece by piece: (1, n) float32 tensors as they are ready. Leaving the loop aborts it.
+
+        Raises:
+            InvalidRequest, EngineError: as ``generate``; what can be told beforehand is raised at once.
+        """
+        check_text(text)
+        (request,) = self._requests(text, audio_prompt_path, language_id, options)
+        return self._pieces(request)
 
     def speech_tokens(
         self,
@@ -161,7 +168,11 @@ class ChatterboxTTS:
         return _as_tensor(self._run(made))
 
     def prepare_conditionals(self, wav_fpath: Any, exaggeration: float = 0.5) -> None:
-        """Makes a recording the voice of every ``generate`` that names none; as upstream's."""
+        """Makes a recording the voice of every ``generate`` that names none.
+
+        As upstream, where ``generate``'s own ``exaggeration`` then overrides this one.
+        """
+        SpeechOptions(exaggeration=exaggeration)
         self._default_voice = self._voice(wav_fpath)
 
     def get_audio_conditionals(self, wav_fpath: Any = None) -> tuple[VoiceFeatures, Conditionals]:
@@ -184,17 +195,20 @@ class ChatterboxTTS:
             x_vector=s3gen_ref.x_vector,
         )
         options.setdefault("exaggeration", cond_emb.exaggeration)
-        return self.generate(text, voice, **options)
+        return self.generate(text, audio_prompt_path=voice, **options)
 
     def get_supported_languages(self) -> dict[str, str]:
         """Code to name of the languages the loaded checkpoint speaks."""
         return self._engine.languages
 
     def shutdown(self) -> None:
-        """Ends the engine and its processes. Safe to call twice."""
+        """Ends the engine and its processes; what is being spoken raises ``EngineDead``. Safe to call twice."""
         if self._loop.is_closed():
             return
+        self._cancel_all()
         try:
+            for stream in tuple(self._streams):
+                self._run(_closed(stream))
             self._run(self._engine.shutdown())
         finally:
             self._end_loop()
@@ -208,7 +222,7 @@ class ChatterboxTTS:
         self.shutdown()
 
     def _requests(self, text: Any, voices: Any, languages: Any, options: dict[str, Any]) -> list[SpeechRequest]:
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = _texts(text)
         if unknown := options.keys() - OPTION_NAMES:
             name = min(unknown)
             raise InvalidRequest(f"{name} is no option; there are {', '.join(sorted(OPTION_NAMES))}", param=name)
@@ -225,6 +239,19 @@ class ChatterboxTTS:
             for i, item in enumerate(texts)
         ]
 
+    def _pieces(self, request: SpeechRequest) -> Generator[Tensor, None, None]:
+        stream = self._engine.stream(request)
+        self._streams.add(stream)
+        try:
+            while (samples := self._run(_next(stream))) is not None:
+                yield _as_tensor(samples)
+        finally:
+            self._streams.discard(stream)
+            if not self._loop.is_closed():
+                closing = asyncio.run_coroutine_threadsafe(stream.aclose(), self._loop)
+                if current_thread() is not self._thread:  # where the garbage collector may have called this
+                    closing.result()
+
     def _voice(self, source: Any) -> VoiceFeatures:
         if isinstance(source, VoiceFeatures):
             return source
@@ -235,18 +262,29 @@ class ChatterboxTTS:
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop.is_closed():
             work.close()
-            raise EngineDead("this model was shut down; build a new one")
+            raise EngineDead(_SHUT_DOWN)
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        self._running.add(future)
         try:
             return future.result()
+        except CancelledError:
+            raise EngineDead(_SHUT_DOWN) from None
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._running.discard(future)
 
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._cancel_all()
         self._loop.close()
+
+    def _cancel_all(self) -> None:
+        """Other threads would wait for ever."""
+        for future in tuple(self._running):
+            future.cancel()
 
 
 class ChatterboxMultilingualTTS(ChatterboxTTS):
@@ -258,10 +296,9 @@ class ChatterboxMultilingualTTS(ChatterboxTTS):
     def from_local(cls, ckpt_dir: str | Path | Checkpoint, device: str | None = None, **engine: Any) -> Self:
         """As ``ChatterboxTTS.from_local``; of a folder that holds both, the multilingual checkpoint, v2 before v3."""
         if not isinstance(ckpt_dir, Checkpoint):
-            only_v3 = (Path(ckpt_dir) / FILES[Variant.MULTILINGUAL_V3].t3).exists() and not (
-                Path(ckpt_dir) / FILES[Variant.MULTILINGUAL].t3
-            ).exists()
-            engine.setdefault("variant", Variant.MULTILINGUAL_V3 if only_v3 else Variant.MULTILINGUAL)
+            folder = Path(ckpt_dir).expanduser()
+            held = [variant for variant in MULTILINGUAL if (folder / FILES[variant].t3).exists()]
+            engine.setdefault("variant", held[0] if held else MULTILINGUAL[0])
         return super().from_local(ckpt_dir, device, **engine)
 
     @classmethod
@@ -279,10 +316,35 @@ class ChatterboxMultilingualTTS(ChatterboxTTS):
         """``ChatterboxTTS.generate`` with the language in second place."""
         return super().generate(text, audio_prompt_path, language_id, **options)
 
+    def generate_stream(  # type: ignore[override]
+        self, text: str, language_id: str | None = None, audio_prompt_path: Any = None, **options: Any
+    ) -> Generator[Tensor, None, None]:
+        """``ChatterboxTTS.generate_stream`` with the language in second place."""
+        return super().generate_stream(text, audio_prompt_path, language_id, **options)
+
+    def speech_tokens(  # type: ignore[override]
+        self,
+        text: str | Sequence[str],
+        language_id: str | Sequence[str] | None = None,
+        audio_prompt_path: Any = None,
+        **options: Any,
+    ) -> Any:
+        """``ChatterboxTTS.speech_tokens`` with the language in second place."""
+        return super().speech_tokens(text, audio_prompt_path, language_id, **options)
+
+
+def _texts(text: Any) -> list[str]:
+    if not isinstance(text, str | list | tuple):
+        raise InvalidRequest(f"text must be a string or a list of strings, not {type(text).__name__}", param="text")
+    texts = [text] if isinstance(text, str) else list(text)
+    for item in texts:
+        check_text(item)
+    return texts
+
 
 def _spread(name: str, value: Any, texts: list[str]) -> list[Any]:
     """One value for each text."""
-    if not isinstance(value, (list, tuple)):
+    if not isinstance(value, list | tuple | range):
         return [value] * len(texts)
     if len(value) != len(texts):
         raise InvalidRequest(f"{name} has {len(value)} values for {len(texts)} texts", param=name)
@@ -309,6 +371,11 @@ async def _in_order(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _closed(stream: AsyncGenerator[Any, None]) -> None:
+    with suppress(RuntimeError):  # another thread is reading it, and will be told that the engine is dead
+        await stream.aclose()
 
 
 async def _next(stream: AsyncGenerator[T, None]) -> T | None:

@@ -30,6 +30,10 @@ MAX_SPEECH_TOKENS: Final = 1000
 """Upstream's limit for one utterance: 40 s."""
 MAX_TEXT_TOKENS: Final = 2048
 """Text positions the model has, less start and stop."""
+MAX_MODEL_LEN: Final = 38 + MAX_TEXT_TOKENS + MAX_SPEECH_TOKENS
+"""Positions of the longest utterance: voice and control tokens, text, speech."""
+CHUNK_LENGTHS: Final = (20, 2000)
+"""Least and most characters of one utterance that ``max_chunk_length`` may ask for."""
 
 # (low, high), inclusive
 OPTION_RANGES: Final[dict[str, tuple[float, float]]] = {

@@ -21,7 +21,7 @@ import uvicorn
 from chatterbox_vllm.api.app import create_app
 from chatterbox_vllm.api.drain import DrainingServer
 from chatterbox_vllm.api.services import Services
-from chatterbox_vllm.audio.decode import decode
+from chatterbox_vllm.audio.decode import MAX_BYTES, decode
 from chatterbox_vllm.errors import EngineDead, EngineError, UnknownVoice
 from chatterbox_vllm.settings import Settings
 from chatterbox_vllm.text.frontend import check_text
@@ -39,8 +39,8 @@ class FakeVoices:
             raise UnknownVoice(f"no voice is called {voice_id!r:.80}", param="voice")
         return voice_id or "default"
 
-    def from_audio(self, source: bytes, *, param: str = "audio_prompt_path") -> str:
-        return f"{len(decode(source, param=param).samples)} samples"
+    def from_audio(self, source: bytes, *, param: str = "audio_prompt_path", max_bytes: int = MAX_BYTES) -> str:
+        return f"{len(decode(source, param=param, max_bytes=max_bytes).samples)} samples"
 
 
 class FakeChatterbox:

@@ -112,7 +112,7 @@ def test_model_folder_is_made_once_and_outside_the_checkpoint(demo: Checkpoint, 
     [
         ({"enable_prefix_caching": True}, "enable_prefix_caching"),
         ({"gpu_memory_utilisation": 0.5}, "gpu_memory_utilisation"),
-        ({"max_model_len": 10}, "max_model_len must be an integer from 54 to 8192"),
+        ({"max_model_len": 10}, "max_model_len must be an integer from 54 to 3086"),
         ({"max_model_len": "many"}, "max_model_len must be an integer"),
     ],
 )

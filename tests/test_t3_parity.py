@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chatterbox_vllm.checkpoint import Checkpoint
+from chatterbox_vllm.t3.generator import T3Generator
+from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.types import SPOKEN_TOKENS, STOP_SPEECH, SpeechOptions
 from tests.t3_reference import InProcessT3, Request, assert_same, requests, upstream_tokens
 
@@ -59,6 +63,29 @@ def test_multilingual(multilingual_demo: Checkpoint, cache: Path) -> None:
     asked = requests(20, 2454, seed=1)
     theirs = upstream_tokens(multilingual_demo.t3, asked, TOKENS)
     assert_same(InProcessT3(multilingual_demo.t3, cache).tokens(asked, GREEDY), theirs)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two processors")
+def test_tensor_parallel(english: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers with half the heads each; through the launcher, as a server would."""
+    weights, asked, theirs = english
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])))
+
+    async def speak() -> list[list[int]]:
+        t3 = await asyncio.to_thread(
+            launch, weights, cache=cache, mask_invalid_tokens=False, max_model_len=512, tensor_parallel_size=2
+        )
+        try:
+            return list(await asyncio.gather(*(one(t3, request) for request in asked)))
+        finally:
+            t3.shutdown()
+
+    async def one(t3: T3Generator, request: Request) -> list[int]:
+        options = GREEDY.but(cfg_weight=request.cfg_weight, exaggeration=request.exaggeration)
+        return [i async for new in t3.tokens(request.text, request.voice, options, incremental=False) for i in new]
+
+    assert_same(asyncio.run(speak()), theirs)
 
 
 def test_unspoken_ids_are_masked(english: Any, cache: Path) -> None:

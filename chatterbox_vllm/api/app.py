@@ -91,8 +91,9 @@ def serve(settings: Settings) -> None:
 
 def log_to_stderr(settings: Settings) -> None:
     """What a command logs: neither text nor sound."""
-    level = settings.effective_log_level.upper()
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # others' warnings
+    for name in ("chatterbox_vllm", "uvicorn"):
+        logging.getLogger(name).setLevel(settings.effective_log_level.upper())
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -138,16 +139,29 @@ async def _engine(settings: Settings) -> AsyncChatterbox:
         logger.info("Using bitsandbytes quantization to reduce VRAM consumption")
     started: AsyncChatterbox = await engine.AsyncChatterbox.start(**engine_arguments(settings))
     logger.info("ready to speak")
+    # The first recording would wait for this, other requests need not.
+    warming = asyncio.create_task(asyncio.to_thread(started.voices.warm_up))
+    warming.add_done_callback(_log_failure)
     return started
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("enrolment cannot be warmed up", exc_info=task.exception())
 
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
     """The arguments of ``AsyncChatterbox.start``. ``engine_args`` adds to them and may not repeat one.
 
     Raises:
-        ConfigurationError: ``engine_args`` names an argument that has a setting of its own.
+        ConfigurationError: ``engine_args`` names an argument that has a setting of its own, or ``language`` is none.
     """
     from chatterbox_vllm.checkpoint import Variant
+    from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
+
+    if settings.language not in SUPPORTED_LANGUAGES:
+        known = ", ".join(SUPPORTED_LANGUAGES)
+        raise ConfigurationError(f"language must be one of {known}, not {settings.language!r}", param="language")
 
     model, variant = settings.checkpoint
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED_ON}

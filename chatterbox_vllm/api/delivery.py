@@ -72,8 +72,9 @@ class SpokenAnswer(Response):
         """Looks the voice up, or enrols the request's recording: seconds of work for one that is new."""
         if self._body.ref_audio is None:
             return self._engine.voices.get(self._body.voice_id)
-        audio = recording(self._body.ref_audio, max_bytes=self._settings.max_upload_bytes)
-        return self._engine.voices.from_audio(audio, param="ref_audio")
+        limit = self._settings.max_upload_bytes
+        audio = recording(self._body.ref_audio, max_bytes=limit)
+        return self._engine.voices.from_audio(audio, param="ref_audio", max_bytes=limit)
 
     async def _whole(self, request: SpeechRequest, send: Send) -> None:
         samples = await self._engine.speak(request)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import itertools
+import logging
+import weakref
 from collections.abc import AsyncGenerator, Sequence
 
 from vllm.exceptions import VLLMClientError
@@ -17,6 +21,7 @@ from chatterbox_vllm.t3.processor import engine_input
 from chatterbox_vllm.t3.prompt import OVERHEAD, prompt_tokens, sampling_params
 from chatterbox_vllm.types import STOP_SPEECH, SpeechOptions, VoiceFeatures
 
+logger = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 10.0
 
 
@@ -36,6 +41,7 @@ class T3Generator:
         self._closed = False
         self._names = (f"t3-{i}" for i in itertools.count())
         self.max_model_len: int = llm.vllm_config.model_config.max_model_len
+        atexit.register(_end, weakref.ref(self))
 
     @property
     def max_text_tokens(self) -> int:
@@ -87,7 +93,7 @@ class T3Generator:
                 f"shorten it to {self.max_text_tokens} tokens or raise max_model_len",
                 param="text",
             )
-        prefix = self._conditioner.prefix(voice, options.exaggeration)
+        prefix = await asyncio.to_thread(self._conditioner.prefix, voice, options.exaggeration)
         key = f"{voice.digest}:{options.exaggeration!r}"
         prompt = engine_input(tokens, prefix, weight_steps(options.cfg_weight), key)
         params = sampling_params(options, max_tokens=min(options.max_tokens, room), incremental=incremental)
@@ -100,6 +106,8 @@ class T3Generator:
                     spoken.pop()
                 if spoken:
                     yield spoken
+                if output.finished and output.outputs[0].finish_reason == "length" and room < options.max_tokens:
+                    logger.warning("speech was cut after %d tokens: max_model_len=%d", room, self.max_model_len)
         except EngineDeadError as error:
             raise EngineDead("the T3 engine has died; restart the server") from error
         except EngineGenerateError as error:
@@ -115,8 +123,15 @@ class T3Generator:
             return
         self._closed = True
         handler = self._llm.output_handler
-        if handler is not None and not self._llm.output_processor.has_unfinished_requests():
+        idle = not self._llm.output_processor.has_unfinished_requests()
+        if handler is not None and idle and not handler.done():
             # It would report the end as an engine's death. With requests under way it has to: they wait for it.
             handler.get_loop().call_soon_threadsafe(handler.cancel)
         self._llm.shutdown(timeout=SHUTDOWN_SECONDS)
         del self._llm  # at the interpreter's exit its __del__ fails
+
+
+def _end(generator: weakref.ref[T3Generator]) -> None:
+    """vLLM's processes outlive a program that forgot them, and complain."""
+    if (alive := generator()) is not None:
+        alive.shutdown()

@@ -8,24 +8,26 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 from vllm import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.generator import T3Generator
-from chatterbox_vllm.t3.positions import POSITIONS
 from chatterbox_vllm.t3.prompt import OVERHEAD
+from chatterbox_vllm.types import MAX_MODEL_LEN
 
 # What the design rests on: RoPE depends on the prompt's length, prompts arrive processed, and there is no tokenizer.
 FIXED: Mapping[str, Any] = {
@@ -36,6 +38,8 @@ FIXED: Mapping[str, Any] = {
 }
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
+_WITHOUT_TRITON = "torch._library.triton"
+"""Torch's module that warns, in each process, that a CPU has no Triton."""
 
 
 def launch(weights: Path, *, cache: Path, mask_invalid_tokens: bool = True, **engine_args: Any) -> T3Generator:
@@ -50,13 +54,15 @@ def launch(weights: Path, *, cache: Path, mask_invalid_tokens: bool = True, **en
     Raises:
         CheckpointError: the file is not a T3 checkpoint.
         ConfigurationError: an engine argument is unknown, fixed by the design, or out of range.
+        MissingDependency: ``quantization="bitsandbytes"`` without vLLM's plugin for it.
+        EngineError: vLLM's processes did not come up; they log why.
     """
     config = infer_config(weights, mask_invalid_tokens=mask_invalid_tokens)
     folder = model_folder(weights, config, cache)
     arguments = engine_arguments(config, engine_args)
-    logging.getLogger("vllm").setLevel(_log_level())
+    _quieten()
     with _environment(_worker_environment()), _main_module_hidden():
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **arguments))
+        llm = _started(folder, arguments)
     conditioner = VoiceConditioner(_conditioning_tensors(weights), dtype=llm.vllm_config.model_config.dtype)
     return T3Generator(llm, config, conditioner)
 
@@ -65,7 +71,7 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, An
     """vLLM's arguments: what T3 needs, defaults for this machine, and the caller's choices.
 
     Raises:
-        ConfigurationError: as ``launch``.
+        ConfigurationError, MissingDependency: as ``launch``.
     """
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for name in given:
@@ -74,11 +80,13 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, An
         if name not in known:
             raise ConfigurationError(f"{name} is neither ours nor an argument of vllm.AsyncEngineArgs", param=name)
     length = given.get("max_model_len", 2048)
-    if not isinstance(length, int) or not OVERHEAD + 16 <= length <= POSITIONS // 2:
+    if not isinstance(length, int) or not OVERHEAD + 16 <= length <= MAX_MODEL_LEN:
         raise ConfigurationError(
-            f"max_model_len must be an integer from {OVERHEAD + 16} to {POSITIONS // 2}, not {length!r}",
+            f"max_model_len must be an integer from {OVERHEAD + 16} to {MAX_MODEL_LEN}, not {length!r}",
             param="max_model_len",
         )
+    if given.get("quantization") == "bitsandbytes":
+        _check_bitsandbytes()
     defaults = {"dtype": default_dtype(), "max_model_len": length, "disable_log_stats": True}
     defaults |= {"use_tqdm_on_load": False, **FIXED}
     if current_platform.is_cpu():
@@ -89,6 +97,37 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, An
         if "kv_cache_memory_bytes" not in given and "num_gpu_blocks_override" not in given:
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32))
     return {**defaults, **given}
+
+
+def _check_bitsandbytes() -> None:
+    if current_platform.is_cpu():
+        raise ConfigurationError(
+            "quantization='bitsandbytes' needs an NVIDIA GPU; leave it out on a CPU", param="quantization"
+        )
+    if find_spec("vllm_bnb_plugin") is None:
+        command = "pip install 'chatterbox-vllm[ultra-low-vram]'"
+        raise MissingDependency("vllm-bnb-plugin", purpose="for quantization='bitsandbytes'", command=command)
+
+
+def _started(folder: Path, arguments: Mapping[str, Any]) -> AsyncLLM:
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(folder), **arguments))
+    except ValueError as error:  # before vLLM has started a process
+        raise _refused(error, arguments) from error
+    except RuntimeError as error:
+        raise EngineError(f"vLLM's engine for T3 did not start: {error}") from error
+
+
+def _refused(error: ValueError, arguments: Mapping[str, Any]) -> ConfigurationError:
+    """vLLM's complaint about an argument, as a sentence that begins with the argument's name."""
+    complaint, places = str(error), tuple[str, ...]()
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        complaint, places = first["msg"].removeprefix("Value error, "), tuple(map(str, first["loc"]))
+    named = [name for name in arguments if name in places] or [name for name in arguments if name in complaint]
+    if not named:
+        return ConfigurationError(f"vLLM refuses its arguments: {complaint}")
+    return ConfigurationError(f"{named[0]}: {complaint}, not {arguments[named[0]]!r:.80}", param=named[0])
 
 
 def default_dtype() -> str:
@@ -115,6 +154,12 @@ def _cpu_cache_bytes(config: T3Config, length: int, requests: int) -> int:
     return min(one * requests, free)
 
 
+def _quieten() -> None:
+    logging.getLogger("vllm").setLevel(_log_level())
+    if current_platform.is_cpu():
+        logging.getLogger(_WITHOUT_TRITON).setLevel(logging.ERROR)
+
+
 def _log_level() -> str:
     # vLLM warns of each of this design's choices, and of much that a speech server's user cannot change.
     return os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
@@ -129,7 +174,11 @@ def _worker_environment() -> dict[str, str]:
         "PYTHONWARNINGS": "ignore::FutureWarning",  # vLLM's own, in each of its processes
     }
     if current_platform.is_cpu():
-        wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+        wanted |= {
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+            "TORCH_LOGS": f"-{_WITHOUT_TRITON}",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # that the memory is bound to the CPU's own node is no warning
+        }
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 

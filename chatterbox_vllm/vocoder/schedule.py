@@ -3,7 +3,8 @@
 Every chunk recomputes the flow over the recording and all tokens so far. Chunks that grow keep that work within a small
 multiple of the whole file's, and the first sound early; a largest size bounds how far a stream can fall silent behind
 a slow language model. The vocoder holds back ``encoder.LOOKAHEAD_TOKENS`` and ``hift.REACH`` frames, 13 tokens
-together, so a first chunk of n tokens gives n - 13 tokens' sound, 40 ms each.
+together, so a first chunk of n tokens gives n - 13 tokens' sound, 40 ms each, of which the first 20 ms are silence and
+the next 20 ms fade in. 20 tokens give a player 280 ms to start with.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ChunkSchedule:
         ConfigurationError: a value is out of range; ``param`` names it.
     """
 
-    first: int = 15
+    first: int = 20
     growth: float = 2.0
     largest: int = 240
 

@@ -114,14 +114,21 @@ class VocoderWorker:
 
     def _run(self) -> None:
         try:
-            while batch := self._next_batch():
-                answers = self._speak([job.chunk for job in batch])
-                self._deliver(list(zip(batch, answers, strict=True)))
+            while self._turn():
+                pass
         finally:
             with self._changed:
                 self._closing = True
                 left = self._refused + self._jobs
             self._deliver([(job, EngineDead("the vocoder was closed")) for job in left])
+
+    def _turn(self) -> bool:
+        """Speaks one batch and lets go of it, so that an idle worker holds no utterance; False at the end."""
+        batch = self._next_batch()
+        if batch:
+            answers = self._speak([job.chunk for job in batch])
+            self._deliver(list(zip(batch, answers, strict=True)))
+        return bool(batch)
 
     def _next_batch(self) -> list[_Job]:
         """Waits for jobs and takes them off the queue; empty when there will be no more."""

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from chatterbox_vllm.audio.decode import decode, read_bounded
+from chatterbox_vllm.audio.decode import MAX_BYTES, decode, read_bounded
 from chatterbox_vllm.checkpoint import cache_dir
 from chatterbox_vllm.errors import ConfigurationError, InvalidAudio, UnknownVoice
 from chatterbox_vllm.voices.enrolment import Enroller, warm_up
@@ -87,13 +87,18 @@ class VoiceLibrary:
                 return self._default(self._checkpoint.conds)
         raise self._unknown(voice_id)
 
-    def from_audio(self, source: str | Path | bytes, *, param: str = "audio_prompt_path") -> VoiceFeatures:
+    def from_audio(
+        self, source: str | Path | bytes, *, param: str = "audio_prompt_path", max_bytes: int = MAX_BYTES
+    ) -> VoiceFeatures:
         """The voice of a recording: a path, or a file's content. Blocks for 2 s or so when the recording is new.
+
+        Args:
+            max_bytes: the largest file.
 
         Raises:
             InvalidAudio, TooLarge: see ``audio.decode.decode``; ``param`` names the argument.
         """
-        return self._recordings.get(read_bounded(source, param=param), param)
+        return self._recordings.get(read_bounded(source, param=param, max_bytes=max_bytes), param)
 
     def warm_up(self) -> None:
         """Has behind it what the process's first recording would wait for, but the networks' loading."""
@@ -181,7 +186,7 @@ class _Recordings:
         key = self._key(content)
         if (features := self._known(key)) is not None:
             return features
-        waveform = decode(content, param=param)
+        waveform = decode(content, param=param, max_bytes=len(content))
         with self._enrolling:  # whoever waited here for the same recording finds it known
             if (features := self._known(key)) is not None:
                 return features
