@@ -25,12 +25,12 @@ END
 }
 
 for flag in "$@"; do
-  if [[ $flag == --help || $flag == -h ]] && ! "$here/scripts/setup.sh" --check >/dev/null 2>&1; then
+  if [[ $flag == --help || $flag == -h ]] && ! "$here/scripts/setup.sh" --check -- "$@" >/dev/null 2>&1; then
     usage
     exit 0
   fi
 done
 
-python=$("$here/scripts/setup.sh")
+python=$("$here/scripts/setup.sh" -- "$@")
 export PATH="$(dirname "$python"):$PATH"  # vLLM's compilers call ninja and nvcc by name
 exec "$python" "$here/server.py" "$@"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from chatterbox_vllm.errors import CheckpointError
+from chatterbox_vllm.errors import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,6 +26,11 @@ CONDS: Final = "conds.pt"
 CANGJIE: Final = "Cangjie5_TC.json"
 DEMO_MARKER: Final = "DEMO.json"
 """Written beside random weights, so that nobody takes them for trained ones."""
+_UNREADABLE: Final = (
+    *(OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, struct.error),
+    *(KeyError, IndexError, AssertionError, AttributeError, TypeError),
+)
+"""What ``torch.load`` raises for files that are damaged in one place or another."""
 DERIVED_KEYS: Final = frozenset({"tokenizer._mel_filters", "tokenizer.window"})
 """Keys of S3Gen that a file may lack: they are computed, and upstream ignores their absence."""
 
@@ -143,7 +149,9 @@ def _detect(folder: Path) -> Variant:
 def download(
     variant: Variant, *, repo_id: str = REPOSITORY, revision: str | None = None, token: str | None = None
 ) -> Checkpoint:
-    """The checkpoint from the Hugging Face hub, or from its cache where that is complete. Shows progress.
+    """The checkpoint from the Hugging Face hub. Shows progress.
+
+    What its cache holds is not loaded again. A hub that cannot be reached does no harm if the cache holds everything.
 
     Args:
         repo_id: repository with upstream's file names.
@@ -186,6 +194,7 @@ def resolve(model: str | Path, variant: Variant | None = None) -> Checkpoint:
 
     Raises:
         CheckpointError: nothing of that name, or its files are missing; or ``variant`` contradicts ``model``.
+        ConfigurationError: the demo cannot be written to ``cache_dir()``.
     """
     variant = as_variant(variant) if variant else None
     word = str(model)
@@ -211,7 +220,13 @@ def _named(word: str) -> Variant | None:
 def _demo(variant: Variant) -> Checkpoint:
     from chatterbox_vllm.demo_checkpoint import demo
 
-    return demo(variant)
+    try:
+        return demo(variant)
+    except (OSError, CheckpointError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError):
+            raise unusable_cache(cause) from error
+        raise
 
 
 def cache_dir() -> Path:
@@ -220,6 +235,13 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "chatterbox-vllm"
+
+
+def unusable_cache(error: Exception) -> ConfigurationError:
+    """What to raise when ``cache_dir()`` cannot be written to."""
+    name = "CHATTERBOX_CACHE_DIR"
+    message = f"the cache folder {cache_dir()} cannot be written to ({error}); set {name} to one that can"
+    return ConfigurationError(message, param=name)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -259,7 +281,7 @@ def load_pickle(path: str | Path) -> dict[str, Any]:
 
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read as a file of torch.save ({error}); get it anew") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} holds a {type(loaded).__name__} where a dictionary was expected")

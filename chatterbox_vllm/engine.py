@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 
 from chatterbox_vllm.audio.watermark import Watermarker, WatermarkStream
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, cache_dir, resolve
-from chatterbox_vllm.errors import ConfigurationError, EngineDead
+from chatterbox_vllm.errors import ConfigurationError, EngineDead, EngineError
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.text.frontend import TextFrontend
@@ -44,6 +44,7 @@ from chatterbox_vllm.vocoder.worker import VocoderWorker
 from chatterbox_vllm.voices.library import VoiceLibrary
 
 logger = logging.getLogger(__name__)
+SILENCE = "T3 ended before it said anything; try another seed, or another text"
 Samples = np.ndarray[tuple[int], np.dtype[np.float32]]
 
 
@@ -85,6 +86,7 @@ class AsyncChatterbox:
         self._max_chunk_length = max_chunk_length
         self._active = 0
         self._stopping = False
+        self._ending: asyncio.Task[None] | None = None
 
     @classmethod
     async def start(
@@ -129,10 +131,10 @@ class AsyncChatterbox:
         _check("max_chunk_length", max_chunk_length, *CHUNK_LENGTHS, int)
         if "max_num_seqs" in engine_args:
             raise ConfigurationError("max_num_seqs is called max_batch_size here", param="max_num_seqs")
-        on_gpu = torch.cuda.is_available()
-        if device == "cpu" and not current_platform.is_cpu():
+        on_gpu = not current_platform.is_cpu()
+        if str(device) == "cpu" and not current_platform.is_cpu():
             raise ConfigurationError(
-                "device='cpu' needs vLLM's CPU build, and this is another; vocoder_device='cpu' moves the vocoder",
+                "device='cpu' needs vLLM's CPU build: CHATTERBOX_DEVICE=cpu ./start-api-server.sh installs it",
                 param="device",
             )
         where = _device("device", device) or ("cuda" if on_gpu else "cpu")
@@ -142,6 +144,7 @@ class AsyncChatterbox:
             logger.warning("%s holds random weights: it speaks noise", checkpoint.folder)
         # What takes no time comes first, so that its errors do, too.
         voices = VoiceLibrary(checkpoint, folder=voices_dir, device=where)
+        await asyncio.to_thread(voices.check)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
         watermarker = await asyncio.to_thread(Watermarker) if watermark else None
         warming = asyncio.ensure_future(asyncio.to_thread(watermarker.warm_up)) if watermarker else None
@@ -162,6 +165,7 @@ class AsyncChatterbox:
         )
         try:
             t3 = await asyncio.shield(loading_t3)
+            await t3.connect()
             logger.info("T3 is up after %.0f s; loading the vocoder", time.perf_counter() - started)
             vocoder = await asyncio.to_thread(Vocoder.from_checkpoint, checkpoint.s3gen, device=vocoder_where)
             if warming:
@@ -204,6 +208,7 @@ class AsyncChatterbox:
     async def stream(self, request: SpeechRequest) -> AsyncGenerator[Samples, None]:
         """Sound as it is made: float32 arrays (n,) at 24 kHz. Closing the generator aborts the request everywhere."""
         mark = WatermarkStream(self._watermarker) if self._watermarker else None
+        spoken = False
         with self._admitted():
             async with self._speaking(request) as parts:
                 for part in parts:
@@ -211,16 +216,22 @@ class AsyncChatterbox:
                         async for chunk in chunks:
                             samples = await asyncio.to_thread(mark.feed, chunk.numpy()) if mark else chunk.numpy()
                             if len(samples):
+                                spoken = True
                                 yield samples
             if mark and len(samples := await asyncio.to_thread(mark.finish)):
+                spoken = True
                 yield samples
+            if not spoken:
+                raise EngineError(SILENCE)
 
     async def speak(self, request: SpeechRequest) -> Samples:
         """The whole sound: float32 (n,) at 24 kHz."""
         with self._admitted():
             async with self._speaking(request, incremental=False) as parts:
-                spoken = await asyncio.gather(*(self._vocode_whole(part) for part in parts))
+                spoken = await _together([self._vocode_whole(part) for part in parts])
             samples = torch.cat(spoken).numpy()
+            if not len(samples):
+                raise EngineError(SILENCE)
             return await asyncio.to_thread(self._watermarker, samples) if self._watermarker else samples
 
     async def speech_tokens(self, request: SpeechRequest) -> list[int]:
@@ -241,11 +252,13 @@ class AsyncChatterbox:
 
     async def shutdown(self) -> None:
         """Refuses new requests, fails those under way, ends the processes. Safe to call twice."""
-        if self._stopping:
-            return
-        self._stopping = True
-        await self._worker.close(drain=False)
-        await asyncio.to_thread(self._t3.shutdown)
+        if self._ending is None:
+            self._stopping = True
+            self._ending = asyncio.create_task(self._end())
+        await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
+        await asyncio.gather(self._worker.close(drain=False), asyncio.to_thread(self._t3.shutdown))
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -347,6 +360,17 @@ class _Part:
         return taken, True
 
 
+async def _together(spoken: list[Coroutine[Any, Any, torch.Tensor]]) -> list[torch.Tensor]:
+    """All results, in order; the first failure cancels the rest."""
+    tasks = [asyncio.create_task(each) for each in spoken]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _end_late_engine(loading: asyncio.Future[T3Generator]) -> None:
     if not loading.cancelled() and loading.exception() is None:
         loading.result().shutdown()
@@ -357,8 +381,8 @@ def _ids(tokens: list[int]) -> torch.Tensor:
 
 
 def _device(name: str, wanted: str | None) -> str | None:
-    if wanted is None or wanted == "cpu":
-        return wanted
+    if wanted is None or str(wanted) == "cpu":
+        return wanted and "cpu"
     kind, _, index = str(wanted).partition(":")
     count = torch.cuda.device_count()
     if kind != "cuda" or (index and not index.isdecimal()) or int(index or 0) >= count:

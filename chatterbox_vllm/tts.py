@@ -10,6 +10,8 @@ The engine runs in an event loop on a thread of its own; every method here may b
 from __future__ import annotations
 
 import asyncio
+import atexit
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant
+from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant, as_variant
 from chatterbox_vllm.engine import AsyncChatterbox
 from chatterbox_vllm.errors import EngineDead, InvalidRequest
 from chatterbox_vllm.text.frontend import check_text
@@ -71,16 +73,21 @@ class ChatterboxTTS:
             self._end_loop()
             raise
         self._default_voice: VoiceFeatures | None = None
+        atexit.register(_leave, weakref.ref(self))
 
     @classmethod
     def from_pretrained(cls, device: str | None = None, **engine: Any) -> Self:
-        """Downloads the checkpoint when it is not in the hub's cache, and loads it."""
-        return cls(cls.variant.value, device=device, **engine)
+        """Downloads the checkpoint when it is not in the hub's cache, and loads it.
+
+        Args:
+            engine: ``variant="multilingual-v3"`` and the like choose another checkpoint than the class's own.
+        """
+        return cls(_model(cls.variant, engine), device=device, **engine)
 
     @classmethod
     def from_pretrained_multilingual(cls, device: str | None = None, **engine: Any) -> Self:
         """As ``from_pretrained``, the multilingual checkpoint."""
-        return cls(Variant.MULTILINGUAL.value, device=device, **engine)
+        return cls(_model(Variant.MULTILINGUAL, engine), device=device, **engine)
 
     @classmethod
     def from_local(cls, ckpt_dir: str | Path | Checkpoint, device: str | None = None, **engine: Any) -> Self:
@@ -145,27 +152,22 @@ class ChatterboxTTS:
         spoken = self._run(_in_order(self._engine.speech_tokens, requests, False))
         return _unbatched(text, [torch.tensor(tokens, dtype=torch.int64) for tokens in spoken])
 
-    def synthesize(
-        self, tokens: Tensor, voice: VoiceFeatures | None = None, *, seed: int = 0, diffusion_steps: int = 10
-    ) -> Tensor:
+    def synthesize(self, tokens: Tensor, voice: Any = None, *, seed: int = 0, diffusion_steps: int = 10) -> Tensor:
         """The vocoder's half of ``generate``, without watermark.
 
         Args:
             tokens: (n,) or (1, n) int64 speech tokens below 6561.
-            voice: default: the built-in voice.
+            voice: ``VoiceFeatures`` or a recording, as ``generate``'s; default: the built-in voice.
             seed: names the noise.
 
         Returns:
-            (1, samples) float32.
+            (1, 960 n) float32.
+
+        Raises:
+            InvalidRequest: an argument is unusable; ``param`` names it.
         """
-        if tokens.is_floating_point() or tokens.dim() not in (1, 2) or (tokens.dim() == 2 and len(tokens) != 1):
-            raise InvalidRequest(
-                f"tokens must be (n,) or (1, n) integers, not {tuple(tokens.shape)} {tokens.dtype}", param="tokens"
-            )
-        made = self._engine.synthesize(
-            tokens.flatten().long().cpu(), voice or self._voice(None), seed=seed, diffusion_steps=diffusion_steps
-        )
-        return _as_tensor(self._run(made))
+        ids, features = _checked_tokens(tokens), self._voice(voice, param="voice")
+        return _as_tensor(self._run(self._engine.synthesize(ids, features, seed=seed, diffusion_steps=diffusion_steps)))
 
     def prepare_conditionals(self, wav_fpath: Any, exaggeration: float = 0.5) -> None:
         """Makes a recording the voice of every ``generate`` that names none.
@@ -207,8 +209,7 @@ class ChatterboxTTS:
             return
         self._cancel_all()
         try:
-            for stream in tuple(self._streams):
-                self._run(_closed(stream))
+            self._close_streams()
             self._run(self._engine.shutdown())
         finally:
             self._end_loop()
@@ -246,18 +247,21 @@ class ChatterboxTTS:
             while (samples := self._run(_next(stream))) is not None:
                 yield _as_tensor(samples)
         finally:
-            self._streams.discard(stream)
-            if not self._loop.is_closed():
+            if stream in self._streams and not self._loop.is_closed():
+                self._streams.remove(stream)
                 closing = asyncio.run_coroutine_threadsafe(stream.aclose(), self._loop)
                 if current_thread() is not self._thread:  # where the garbage collector may have called this
                     closing.result()
 
-    def _voice(self, source: Any) -> VoiceFeatures:
+    def _voice(self, source: Any, *, param: str = "audio_prompt_path") -> VoiceFeatures:
         if isinstance(source, VoiceFeatures):
             return source
         if source is None:
             return self._default_voice or self._engine.voices.get(None)
-        return self._engine.voices.from_audio(source, param="audio_prompt_path")
+        if not isinstance(source, str | bytes | Path):
+            kinds = "a path, a file's bytes or VoiceFeatures"
+            raise InvalidRequest(f"{param} must be {kinds}, not {type(source).__name__}", param=param)
+        return self._engine.voices.from_audio(source, param=param)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         if self._loop.is_closed():
@@ -274,6 +278,10 @@ class ChatterboxTTS:
             raise
         finally:
             self._running.discard(future)
+
+    def _close_streams(self) -> None:
+        while self._streams:
+            self._run(_closed(self._streams.pop()))
 
     def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -295,7 +303,7 @@ class ChatterboxMultilingualTTS(ChatterboxTTS):
     @classmethod
     def from_local(cls, ckpt_dir: str | Path | Checkpoint, device: str | None = None, **engine: Any) -> Self:
         """As ``ChatterboxTTS.from_local``; of a folder that holds both, the multilingual checkpoint, v2 before v3."""
-        if not isinstance(ckpt_dir, Checkpoint):
+        if not isinstance(ckpt_dir, Checkpoint) and str(ckpt_dir).removeprefix("demo-") not in list(Variant):
             folder = Path(ckpt_dir).expanduser()
             held = [variant for variant in MULTILINGUAL if (folder / FILES[variant].t3).exists()]
             engine.setdefault("variant", held[0] if held else MULTILINGUAL[0])
@@ -333,6 +341,12 @@ class ChatterboxMultilingualTTS(ChatterboxTTS):
         return super().speech_tokens(text, audio_prompt_path, language_id, **options)
 
 
+def _model(variant: Variant, engine: dict[str, Any]) -> str:
+    """The name of the checkpoint that ``engine``'s variant asks for; English does not stand in for multilingual."""
+    wanted = as_variant(engine.get("variant") or variant)
+    return (wanted if wanted.is_multilingual or not variant.is_multilingual else variant).value
+
+
 def _texts(text: Any) -> list[str]:
     if not isinstance(text, str | list | tuple):
         raise InvalidRequest(f"text must be a string or a list of strings, not {type(text).__name__}", param="text")
@@ -349,6 +363,15 @@ def _spread(name: str, value: Any, texts: list[str]) -> list[Any]:
     if len(value) != len(texts):
         raise InvalidRequest(f"{name} has {len(value)} values for {len(texts)} texts", param=name)
     return list(value)
+
+
+def _checked_tokens(tokens: Any) -> Tensor:
+    integers = isinstance(tokens, Tensor) and not tokens.dtype.is_floating_point and tokens.dtype != torch.bool
+    if not integers or not (tokens.dim() == 1 or (tokens.dim() == 2 and len(tokens) == 1)):
+        given = f"{tuple(tokens.shape)} {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise InvalidRequest(f"tokens must be a tensor of (n,) or (1, n) integers, not {given}", param="tokens")
+    flat: Tensor = tokens.flatten().long().cpu()
+    return flat
 
 
 async def _in_order(
@@ -376,6 +399,12 @@ async def _in_order(
 async def _closed(stream: AsyncGenerator[Any, None]) -> None:
     with suppress(RuntimeError):  # another thread is reading it, and will be told that the engine is dead
         await stream.aclose()
+
+
+def _leave(model: weakref.ref[ChatterboxTTS]) -> None:
+    """At the program's end, before the modules go that closing a stream needs."""
+    if (alive := model()) is not None:
+        alive._close_streams()
 
 
 async def _next(stream: AsyncGenerator[T, None]) -> T | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Final
 
 from chatterbox_vllm.errors import InvalidRequest
@@ -85,14 +86,12 @@ class SpeechOptions:
 
 def _checked(name: str, value: Any) -> float | int:
     low, high = OPTION_RANGES[name]
-    kind = "an integer" if name in _INTEGERS else "a number"
-    accepted = int if name in _INTEGERS else (int, float)
-    allowed = f"{name} must be {kind} from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        raise InvalidRequest(f"{allowed}, not {value!r:.80}", param=name)
-    if not low <= value <= high:  # not so for NaN, either
-        raise InvalidRequest(f"{allowed}, not {value!r:.80}", param=name)
-    return value if name in _INTEGERS else float(value)
+    # NumPy's scalars are Integral and Real, too.
+    wanted, kind = (Integral, "an integer") if name in _INTEGERS else (Real, "a number")
+    is_number = isinstance(value, wanted) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:  # NaN is not
+        raise InvalidRequest(f"{name} must be {kind} from {low} to {high}, not {value!r:.80}", param=name)
+    return int(value) if name in _INTEGERS else float(value)
 
 
 @dataclass(frozen=True, eq=False)

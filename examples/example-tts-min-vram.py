@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--output", default="speech.wav")
     arguments = parser.parse_args(argv)
 
-    # needs vllm-bnb-plugin: pip install "chatterbox-vllm[ultra-low-vram]"
+    # needs vllm-bnb-plugin: pip install ".[ultra-low-vram]" in the checkout
     quantization = "bitsandbytes" if torch.cuda.is_available() else None
     with ChatterboxTTS.from_local(arguments.model, quantization=quantization, **SAVINGS) as model:
         wav = model.generate(arguments.text, max_tokens=arguments.max_tokens)

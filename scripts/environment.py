@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,10 +44,19 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Driver:
-    """What nvidia-smi says: the driver's version, or why it says nothing."""
+    """What is known of the GPU's driver: its version, or why that is not known.
+
+    Args:
+        has_gpu: a GPU is here although nvidia-smi did not say so: a container may have the one and not the other.
+    """
 
     version: str | None
     problem: str | None = None
+    has_gpu: bool = False
+
+    @property
+    def answers(self) -> bool:
+        return self.version is not None or self.has_gpu
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,14 @@ class Environment:
         return f"{self.device} {self.folder} {ROOT} {sha.hexdigest()}\n"
 
     def is_whole(self, *, tests: bool) -> bool:
+        return self.stamped(tests=tests) == self.fingerprint(tests=tests) and os.access(self.python, os.X_OK)
+
+    def stamped(self, *, tests: bool) -> str:
+        """The fingerprint that the folder was finished with; empty when it never was."""
         try:
-            stamped = self.stamp(tests=tests).read_text(encoding="utf-8")
+            return self.stamp(tests=tests).read_text(encoding="utf-8")
         except OSError:
-            return False
-        return stamped == self.fingerprint(tests=tests) and os.access(self.python, os.X_OK)
+            return ""
 
     def mark_whole(self, *, tests: bool) -> None:
         stamp = self.stamp(tests=tests)
@@ -94,10 +107,10 @@ def say(message: str) -> None:
     print(f"[setup] {message}", file=sys.stderr, flush=True)
 
 
-def ask_driver() -> Driver:
-    """Asks nvidia-smi for the driver."""
+def ask_driver(root: Path = Path("/")) -> Driver:
+    """Asks nvidia-smi for the driver, and the kernel where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
-        return Driver(None)
+        return ask_kernel(root)
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         reply = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -110,22 +123,36 @@ def ask_driver() -> Driver:
     return Driver(lines[0].strip())
 
 
+def ask_kernel(root: Path) -> Driver:
+    """The device's file says that a GPU is here; the version's alone does not, as it is the host's in any container."""
+    if not (root / "dev/nvidiactl").exists():
+        return Driver(None)
+    try:
+        said = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        said = ""
+    version = re.search(r"\s(\d+\.\d[\d.]*)\s", said)
+    return Driver(version[1] if version else None, None if version else "nvidia-smi was not found", has_gpu=True)
+
+
 def choose_device(wanted: str, driver: Driver) -> str:
     """``cpu`` or ``cuda``; ``auto`` takes ``cuda`` where the driver answers.
 
     Raises:
         Failure: the wish is unknown or cannot be had.
     """
+    if re.fullmatch(r"cuda:\d+", wanted):  # which of the GPUs is the server's business
+        wanted = "cuda"
     if wanted not in DEVICES:
         raise Failure(f"CHATTERBOX_DEVICE must be one of {', '.join(DEVICES)}, not {wanted!r}.")
-    if wanted == "cpu" or (wanted == "auto" and driver.version is None):
+    if wanted == "cpu" or (wanted == "auto" and not driver.answers):
         if wanted == "auto" and driver.problem:
             say(f"{driver.problem}: taking the CPU build. Mend the driver and run again to have the GPU's.")
         return "cpu"
     if driver.version is None:
         why = driver.problem or "nvidia-smi was not found"
-        raise Failure(f"CHATTERBOX_DEVICE=cuda, but {why}. Install NVIDIA's driver, or set CHATTERBOX_DEVICE=cpu.")
-    if int(driver.version.split(".")[0]) < OLDEST_DRIVER:
+        say(f"{why}: taking the CUDA build without knowing the driver, which must be {OLDEST_DRIVER} or newer.")
+    elif int(driver.version.split(".")[0]) < OLDEST_DRIVER:
         raise Failure(
             f"the NVIDIA driver is {driver.version}; the CUDA 13 build of torch needs {OLDEST_DRIVER} or newer."
             " Update the driver, or set CHATTERBOX_DEVICE=cpu."
@@ -309,23 +336,67 @@ def ensure(environment: Environment, *, tests: bool) -> None:
     say(f"ready after {time.monotonic() - started:.0f} s")
 
 
-def planned(environ: Mapping[str, str]) -> Environment:
+def wish(environ: Mapping[str, str], flags: Sequence[str], env_file: Path) -> str:
+    """The device asked for, where the server looks too: its flag, the environment, ``.env``."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--device")
+    try:
+        flagged = parser.parse_known_args(flags)[0].device
+    except argparse.ArgumentError:  # a flag without its value, which the server will name
+        flagged = None
+    return flagged or environ.get("CHATTERBOX_DEVICE") or written(env_file, "CHATTERBOX_DEVICE") or "auto"
+
+
+def written(env_file: Path, name: str) -> str | None:
+    """The value of one variable in a .env file."""
+    try:
+        text = env_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    found = re.findall(rf"^[ \t]*(?:export[ \t]+)?{name}[ \t]*=[ \t]*([^#\s]*)", text, flags=re.MULTILINE)
+    return found[-1].strip("'\"") if found else None
+
+
+def planned(environ: Mapping[str, str], flags: Sequence[str] = (), env_file: Path = ROOT / ".env") -> Environment:
+    """The environment to have.
+
+    Raises:
+        Failure: as ``choose_device``; or a driver that does not answer would cost an environment of many GB.
+    """
     folder = Path(environ.get("CHATTERBOX_VENV") or ROOT / ".venv").absolute()
-    return Environment(folder, choose_device(environ.get("CHATTERBOX_DEVICE") or "auto", ask_driver()))
+    wanted, driver, present = wish(environ, flags, env_file), ask_driver(), Environment(folder, "cuda")
+    if wanted == "auto" and not driver.answers and present.stamped(tests=False).startswith("cuda "):
+        why = driver.problem or "nvidia-smi was not found"
+        if not present.is_whole(tests=False):
+            raise Failure(
+                f"{why}, and {folder} holds an older CUDA build, which making the CPU build would delete."
+                " Mend the driver, or say which it shall be: CHATTERBOX_DEVICE=cpu or CHATTERBOX_DEVICE=cuda."
+            )
+        say(f"{why}: keeping the CUDA build in {folder}. CHATTERBOX_DEVICE=cpu replaces it by the CPU build.")
+        return present
+    return Environment(folder, choose_device(wanted, driver))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/setup.sh", description="Makes the environment; prints its Python.")
     parser.add_argument("--tests", action="store_true", help="with the test tools")
     parser.add_argument("--check", action="store_true", help="make nothing; exit code 0 if it is there")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="the server's flags; --device counts here too")
     options = parser.parse_args(argv)
     try:
-        environment = planned(os.environ)
+        environment = planned(os.environ, options.flags)
         if options.check and not environment.is_whole(tests=options.tests):
             return 1
         ensure(environment, tests=options.tests)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"error: {error}. Name folders that you may write to: CHATTERBOX_VENV=/path/to/a/new/folder for the"
+            " environment, and UV_CACHE_DIR=/path for what is downloaded.",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: the next run starts this step over, with what was downloaded", file=sys.stderr)

@@ -39,7 +39,10 @@ class FakeVoices:
             raise UnknownVoice(f"no voice is called {voice_id!r:.80}", param="voice")
         return voice_id or "default"
 
-    def from_audio(self, source: bytes, *, param: str = "audio_prompt_path", max_bytes: int = MAX_BYTES) -> str:
+    async def named(self, voice_id: str | None) -> str:
+        return self.get(voice_id)
+
+    async def enrolled(self, source: bytes, *, param: str = "audio_prompt_path", max_bytes: int = MAX_BYTES) -> str:
         return f"{len(decode(source, param=param, max_bytes=max_bytes).samples)} samples"
 
 

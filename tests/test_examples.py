@@ -20,7 +20,6 @@ import soundfile
 from tests.fake_engine import FakeChatterbox, running, wav
 
 if TYPE_CHECKING:
-    from chatterbox_vllm.checkpoint import Checkpoint
     from chatterbox_vllm.tts import ChatterboxTTS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -51,21 +50,32 @@ def test_every_example_is_tested() -> None:
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
-def test_one_text(cache: Path, tmp_path: Path) -> None:
-    file = tmp_path / "speech.wav"
-    printed = run("example-tts", "Hello.", "--seed", 1, "--max-tokens", 12, "-o", file, CHATTERBOX_MODEL="demo")
-    assert 0 < len(sound(file)) <= 12 * 960
-    assert str(file) in printed
-
-
-def test_little_memory(demo: Checkpoint, cache: Path, tmp_path: Path) -> None:
-    file = tmp_path / "speech.wav"
-    run("example-tts-min-vram", "Hello.", "--model", demo.folder, "--max-tokens", 8, "-o", file)
-    assert 0 < len(sound(file)) <= 8 * 960
-
-
-def test_a_batch_of_voices(model: ChatterboxTTS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def shared(model: ChatterboxTTS, monkeypatch: pytest.MonkeyPatch) -> ChatterboxTTS:
+    """Examples that run in this process find the tests' engine, whichever model they ask for."""
     monkeypatch.setattr(type(model), "from_local", lambda name: nullcontext(model))
+    return model
+
+
+def test_one_text(shared: ChatterboxTTS, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, voice = tmp_path / "speech.wav", tmp_path / "someone.wav"
+    voice.write_bytes(wav(2.0))
+    options = ["--seed", "1", "--max-tokens", "12", "--voice", str(voice), "-o", str(file)]
+    main_of("example-tts")(["Hello.", *options])
+    said = shared.generate("Hello.", voice, seed=1, max_tokens=12)[0].numpy()
+    np.testing.assert_allclose(sound(file), 32768 * said, atol=1)
+    assert capsys.readouterr().out == f"{file}: 0.5 s\n"
+
+
+def test_little_memory(cache: Path, tmp_path: Path) -> None:
+    """With an engine of its own, because its settings are the example."""
+    file = tmp_path / "speech.wav"
+    printed = run("example-tts-min-vram", "--max-tokens", 12, "-o", file, CHATTERBOX_MODEL="demo")
+    assert len(sound(file)) == 12 * 960
+    assert printed == f"{file}: 0.5 s\n"
+
+
+def test_a_batch_of_voices(shared: ChatterboxTTS, tmp_path: Path) -> None:
     anna, ben, takes = tmp_path / "anna.wav", tmp_path / "ben.wav", tmp_path / "takes"
     anna.write_bytes(wav(2.0))
     ben.write_bytes(wav(3.0))

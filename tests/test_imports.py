@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "chatterbox_vllm"
 # A module imports its own level and those below it.
 LEVELS = [
-    {"types", "errors"},
+    {"types", "errors", "loop_thread", "memory"},
     {"settings"},
     {"text", "audio", "checkpoint", "demo_checkpoint", "upstream"},
     {"t3", "vocoder", "voices", "quantization"},
@@ -27,7 +27,7 @@ LEVELS = [
 STAGES = {"t3", "vocoder", "voices"}
 KNOW_VLLM = {"t3", "engine"}
 READ_ENVIRONMENT = {"settings.py", "checkpoint.py"}
-SET_ENVIRONMENT = {"engine.py", "t3/launch.py"}  # vLLM's own variables
+SET_ENVIRONMENT = {"engine.py", "t3/launch.py", "upstream/__init__.py"}  # vLLM's own variables, and numba's
 LIGHT = [
     "chatterbox_vllm",
     "chatterbox_vllm.api",

@@ -178,8 +178,9 @@ def load_script() -> ModuleType:
 
 
 script = load_script()
-NONE, BROKEN, OLD, NEW = (
+NONE, HIDDEN, BROKEN, OLD, NEW = (
     script.Driver(None),
+    script.Driver(None, "nvidia-smi was not found", has_gpu=True),
     script.Driver(None, "nvidia-smi found no usable GPU (mismatch)"),
     script.Driver("570.86.10"),
     script.Driver("580.65.06"),
@@ -195,6 +196,10 @@ NONE, BROKEN, OLD, NEW = (
         ("cpu", NEW, "cpu"),
         ("cpu", OLD, "cpu"),
         ("cuda", NEW, "cuda"),
+        ("cuda:1", NEW, "cuda"),
+        ("auto", HIDDEN, "cuda"),
+        ("cuda", NONE, "cuda"),
+        ("cuda", BROKEN, "cuda"),
     ],
 )
 def test_the_device(wanted: str, driver: object, device: str) -> None:
@@ -206,14 +211,64 @@ def test_the_device(wanted: str, driver: object, device: str) -> None:
     [
         ("auto", OLD, "570.86.10.* 580 .*Update the driver"),
         ("cuda", OLD, "580"),
-        ("cuda", NONE, "Install NVIDIA's driver, or set CHATTERBOX_DEVICE=cpu"),
-        ("cuda", BROKEN, "mismatch"),
+        ("cuda:0", OLD, "580"),
         ("rocm", NEW, "one of auto, cpu, cuda"),
     ],
 )
 def test_a_device_that_cannot_be_had(wanted: str, driver: object, says: str) -> None:
     with pytest.raises(script.Failure, match=says):
         script.choose_device(wanted, driver)
+
+
+def test_cuda_that_is_asked_for_without_a_driver_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    script.choose_device("cuda", BROKEN)
+    assert "(mismatch): taking the CUDA build without knowing the driver" in capsys.readouterr().err
+
+
+def test_a_gpu_without_nvidia_smi(tmp_path: Path) -> None:
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    line = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 06:54:38 UTC 2025\n"
+    (tmp_path / "proc/driver/nvidia/version").write_text(line)
+    assert not script.ask_kernel(tmp_path).answers  # the host's, in a container without the GPU
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    assert script.ask_kernel(tmp_path).version == "580.65.06"
+    (tmp_path / "proc/driver/nvidia/version").unlink()
+    assert script.ask_kernel(tmp_path).answers
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "line", "wanted"),
+    [
+        ([], "", "", "auto"),
+        ([], "", "# CHATTERBOX_DEVICE=cuda\nCHATTERBOX_PORT=1\nexport CHATTERBOX_DEVICE = 'cpu'  # so", "cpu"),
+        ([], "cuda", "CHATTERBOX_DEVICE=cpu", "cuda"),
+        (["--port", "1", "--device", "cpu"], "cuda", "", "cpu"),
+        (["--device=cpu", "--multilingual"], "cuda", "", "cpu"),
+        (["--device"], "", "CHATTERBOX_DEVICE=cpu", "cpu"),
+    ],
+)
+def test_where_the_device_is_asked_for(flags: list[str], variable: str, line: str, wanted: str, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(line)
+    assert script.wish({"CHATTERBOX_DEVICE": variable}, flags, tmp_path / ".env") == wanted
+    assert script.written(tmp_path / "absent", "CHATTERBOX_DEVICE") is None
+
+
+@pytest.mark.parametrize("driver", [NONE, BROKEN])
+def test_a_driver_that_is_silent_does_not_cost_the_cuda_environment(driver, installer, tmp_path, monkeypatch) -> None:
+    folder = tmp_path / "venv"
+    installed = script.Environment(folder, "cuda")
+    script.ensure(installed, tests=False)
+    monkeypatch.setattr(script, "ask_driver", lambda: driver)
+
+    def planned(device: str) -> object:
+        return script.planned({"CHATTERBOX_VENV": str(folder), "CHATTERBOX_DEVICE": device}, (), tmp_path / ".env")
+
+    assert planned("auto") == installed
+    assert planned("cpu").device == "cpu"
+    installed.stamp(tests=False).write_text(f"cuda {folder} of an older list")
+    with pytest.raises(script.Failure, match="CHATTERBOX_DEVICE=cpu or CHATTERBOX_DEVICE=cuda"):
+        planned("auto")
 
 
 @pytest.fixture
@@ -360,8 +415,21 @@ def run(command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    reply = run("scripts/setup.sh", CHATTERBOX_VENV=str(tmp_path / "file" / "venv"), CHATTERBOX_DEVICE="cpu", PYTHON="")
+    assert reply.returncode == 1
+    assert re.fullmatch(r"error: .*CHATTERBOX_VENV=.*UV_CACHE_DIR=.*\n", reply.stderr)
+
+
+def test_a_python_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    reply = run("scripts/setup.sh --check", PYTHON="/no/such/python", CHATTERBOX_VENV=str(tmp_path))
+    assert reply.returncode == 1
+    assert reply.stderr.startswith("error: PYTHON=/no/such/python is no Python 3.11, 3.12 or 3.13")
+
+
 def test_without_python(tmp_path: Path) -> None:
-    reply = run("scripts/setup.sh", PATH=str(tmp_path), PYTHON="/no/such/python")
+    reply = run("scripts/setup.sh", PATH=str(tmp_path), PYTHON="")
     assert reply.returncode == 1
     assert "no Python 3.11, 3.12 or 3.13 was found" in reply.stderr
     assert "apt-get install python3" in reply.stderr

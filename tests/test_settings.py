@@ -216,6 +216,14 @@ def test_an_unknown_variable_is_pointed_out(caplog: pytest.LogCaptureFixture) ->
     ]
 
 
+def test_a_variable_that_counts_in_the_environment_only(env_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    env_file.write_text("CHATTERBOX_CACHE_DIR=/x\n")
+    with caplog.at_level(logging.WARNING):
+        loaded(env_file=env_file)
+    (record,) = caplog.records
+    assert record.getMessage() == f"{env_file}: CHATTERBOX_CACHE_DIR has no effect in a file; set it in the environment"
+
+
 def test_the_key_is_never_shown(env_file: Path) -> None:
     env_file.write_text("CHATTERBOX_API_KEY=s3$cret")
     settings = loaded(env_file=env_file)

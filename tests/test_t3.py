@@ -14,7 +14,7 @@ from chatterbox_vllm.checkpoint import Checkpoint, load_tensors
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.folder import infer_config, model_folder
-from chatterbox_vllm.t3.launch import engine_arguments
+from chatterbox_vllm.t3.launch import cache_bytes_per_position, engine_arguments
 from chatterbox_vllm.t3.positions import ORIGIN, prompt_positions, unpack, weight_steps
 from chatterbox_vllm.t3.prompt import OVERHEAD, prompt_tokens
 from chatterbox_vllm.types import START_SPEECH
@@ -119,3 +119,15 @@ def test_model_folder_is_made_once_and_outside_the_checkpoint(demo: Checkpoint, 
 def test_engine_arguments_are_checked(demo: Checkpoint, given: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigurationError, match=named):
         engine_arguments(infer_config(demo.t3), given)
+
+
+@pytest.mark.parametrize("length", [54, 128, 384, 385, 500, 512, 513])
+@pytest.mark.parametrize("block", [None, 32, 256])
+def test_a_cpus_cache_holds_one_request_of_the_full_length(demo: Checkpoint, length: int, block: int | None) -> None:
+    """And the block that vLLM keeps for itself."""
+    config = infer_config(demo.t3)
+    given = {"max_model_len": length, "max_num_seqs": 1} | ({"block_size": block} if block else {})
+    size = block or 128
+    bytes_of_a_block = cache_bytes_per_position(config, itemsize=4) * size
+    blocks = engine_arguments(config, given)["kv_cache_memory_bytes"] // bytes_of_a_block
+    assert (blocks - 1) * size >= length

@@ -36,6 +36,14 @@ def test_a_short_text_is_one_piece_with_upstreams_ids(english: TextFrontend, eng
     assert english.one(text) == expected
 
 
+@pytest.mark.parametrize("text", [" hello there", "\n\thello there.  ", "hello there ", "\u3000...hello"])
+def test_white_space_around_a_short_text_is_upstreams_business(
+    english: TextFrontend, english_file: Path, text: str
+) -> None:
+    expected = upstream_tokenizers().EnTokenizer(str(english_file)).encode(upstream_punc_norm(False)(text))
+    assert english.prepare(text) == [english.one(text)] == [expected]
+
+
 def test_a_long_text_is_its_sentences(english: TextFrontend) -> None:
     first, second = "The first sentence is here.", "Is the second one there?"
     assert english.prepare(f"{first} {second}", max_characters=30) == [english.one(first), english.one(second)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from chatterbox_vllm import upstream
-from chatterbox_vllm.errors import MissingDependency
+from chatterbox_vllm.errors import ConfigurationError, MissingDependency
 from chatterbox_vllm.upstream import standin
 
 GOLDEN = Path(__file__).parent / "data" / "torchaudio.npz"
@@ -43,6 +43,28 @@ def test_nothing_is_faked_for_others() -> None:
 def test_importing_it_is_cheap() -> None:
     code = "import sys, chatterbox_vllm.upstream; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_numba_keeps_what_it_compiles_in_our_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHATTERBOX_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
+    code = "import os, chatterbox_vllm.upstream; print(os.environ['NUMBA_CACHE_DIR'])"
+    reply = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert reply.stdout.strip() == str(tmp_path / "numba")
+
+
+def test_numba_without_a_folder_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError(f"cannot cache function {name!r}: no locator available for file 'utils.py'")
+
+    monkeypatch.setattr(upstream.importlib, "import_module", fail)
+    with pytest.raises(ConfigurationError, match="set CHATTERBOX_CACHE_DIR"):
+        upstream.load("s3gen")
+
+
+def test_a_package_whose_module_has_another_name() -> None:
+    error = upstream._missing("chatterbox.models.s3gen", "yaml.nodes")
+    assert error.command == f"{upstream.PIP} install PyYAML"
 
 
 def test_an_absent_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

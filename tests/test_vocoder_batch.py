@@ -11,6 +11,7 @@ import torch
 from chatterbox_vllm.vocoder import noise
 from chatterbox_vllm.vocoder.batching import packed, padded, row_mask
 from chatterbox_vllm.vocoder.noise import Stream
+from chatterbox_vllm.vocoder.stage import frames_at_once
 from chatterbox_vllm.vocoder.utterance import Chunk, plan
 from tests.vocoder_support import speech, vocoder, voice, whole
 
@@ -91,6 +92,51 @@ def test_rows_in_different_places_of_their_streams_sound_as_alone():
     for seed, samples in together.items():
         assert samples.shape == (960 * 60,)
         assert (samples - alone[seed]).abs().max() <= 1e-5
+
+
+def memory_for(own, rows):
+    """Has the networks run out of memory for more than ``rows`` utterances at once."""
+    network, sizes = own.hift, []
+
+    def limited(stretch):
+        sizes.append(len(stretch.mel))
+        if len(stretch.mel) > rows:
+            raise torch.OutOfMemoryError("no memory")
+        return network(stretch)
+
+    own.hift = torch.nn.Module()
+    own.hift.m_source, own.hift.forward = network.m_source, limited
+    return sizes
+
+
+def test_a_batch_without_the_memory_for_it_is_split():
+    own = vocoder(max_frames=100_000)
+    chunks, alone = requests(own)
+    sizes = memory_for(own, 1)
+    sounds = own.advance(chunks)
+    assert sizes == [3, 1, 2, 1, 1, 2, 1, 1]
+    for samples, (_, expected) in zip(sounds, alone, strict=True):
+        assert samples.shape == expected.shape
+
+
+def test_an_utterance_without_the_memory_for_it_changes_none():
+    own = vocoder(max_frames=100_000)
+    (chunk, *_), _ = requests(own)
+    other = Chunk(own.open(voice(), seed=1, diffusion_steps=2), speech(30), final=False)
+    network = own.hift
+    memory_for(own, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        own.advance([chunk, other])
+    own.hift = network
+    for each in (chunk, other):
+        assert (each.utterance.mel, each.utterance.released, len(each.utterance.tokens)) == (None, 0, 0)
+    assert [len(samples) > 0 for samples in own.advance([chunk, other])] == [True, True]
+
+
+@pytest.mark.parametrize(("free", "frames"), [(2**20, 2048), (4 * 2**30, 4096), (80 * 2**30, 16_384)])
+def test_a_gpus_free_memory_bounds_its_batches(free, frames, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
+    assert frames_at_once(torch.device("cuda")) == frames
 
 
 def test_one_batch_holds_an_utterance_once():

@@ -159,7 +159,7 @@ def test_distance():
 
 
 def test_schedule():
-    assert list(islice(ChunkSchedule().sizes(), 7)) == [15, 30, 60, 120, 240, 240, 240]
+    assert list(islice(ChunkSchedule().sizes(), 7)) == [20, 40, 80, 160, 240, 240, 240]
     assert list(islice(ChunkSchedule(first=10, growth=1.5, largest=30).sizes(), 5)) == [10, 15, 22, 30, 30]
     assert list(islice(ChunkSchedule(first=8, growth=1.0).sizes(), 3)) == [8, 8, 8]
 

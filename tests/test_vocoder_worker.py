@@ -12,7 +12,7 @@ import torch
 from chatterbox_vllm.errors import EngineDead, EngineError
 from chatterbox_vllm.vocoder import worker as module
 from chatterbox_vllm.vocoder.utterance import Chunk, Utterance
-from chatterbox_vllm.vocoder.worker import VocoderWorker
+from chatterbox_vllm.vocoder.worker import VocoderWorker, _Job, pick
 from tests.vocoder_support import speech, vocoder, voice
 
 
@@ -25,6 +25,7 @@ class Stub:
         self.batches: list[list[Chunk]] = []
         self.gate = threading.Event()
         self.fail: set[Utterance] = set()
+        self.error: Exception = torch.OutOfMemoryError("no memory")
         self.running = threading.Event()
 
     def advance(self, chunks):
@@ -32,7 +33,7 @@ class Stub:
         self.running.set()
         assert self.gate.wait(10)
         if self.fail & {chunk.utterance for chunk in chunks}:
-            raise RuntimeError("no memory")
+            raise self.error
         for chunk in chunks:
             chunk.utterance.released += 1
         return [torch.full((2,), float(len(chunk.tokens))) for chunk in chunks]
@@ -108,6 +109,38 @@ def test_first_chunks_go_first_and_an_utterance_keeps_its_order():
     run(scenario)
 
 
+def test_a_stream_that_sounds_is_not_starved():
+    """Whole files and the first chunks of new streams keep coming; what waits long enough goes before them."""
+    old, new = utterance(heard=True), utterance()
+    jobs = [
+        _Job(chunk(old, 1, final=False), SimpleNamespace(), came=10.0),
+        _Job(chunk(count=2), SimpleNamespace(), came=9.9),  # a whole file
+        _Job(chunk(new, 3, final=False), SimpleNamespace(), came=10.4),
+        _Job(chunk(count=4), SimpleNamespace(), came=10.1),
+        _Job(chunk(utterance(), 5, final=False), SimpleNamespace(), came=10.6),
+        _Job(chunk(new, 6), SimpleNamespace(), came=10.45),
+    ]
+    picked = pick(jobs, max_batch=5, max_frames=10_000)
+    assert [len(job.chunk.tokens) for job in picked] == [2, 3, 1, 4, 5]
+
+
+def test_a_lost_device_ends_the_thread():
+    async def scenario(worker, stub):
+        bad = utterance()
+        stub.fail, stub.error = {bad}, torch.AcceleratorError("device-side assert triggered")
+        tasks = await queued(worker, stub, chunk(bad), chunk(bad, 3))
+        assert worker.is_alive
+        stub.gate.set()
+        first, failed, waiting = await asyncio.gather(*tasks, return_exceptions=True)
+        assert first.tolist() == [1.0, 1.0]
+        assert [type(failed), type(waiting)] == [EngineError, EngineDead]
+        assert not worker.is_alive
+        with pytest.raises(EngineDead):
+            await worker.submit(chunk())
+
+    run(scenario)
+
+
 def test_an_error_fails_its_batch_only():
     async def scenario(worker, stub):
         bad = utterance()
@@ -117,7 +150,7 @@ def test_an_error_fails_its_batch_only():
         first, *others = await asyncio.gather(*tasks, return_exceptions=True)
         assert first.tolist() == [1.0, 1.0]
         assert [type(error) for error in others] == [EngineError, EngineError]
-        assert all("no memory" in str(error) and isinstance(error.__cause__, RuntimeError) for error in others)
+        assert all("no memory" in str(error) and error.__cause__ is stub.error for error in others)
         assert (await worker.submit(chunk(count=7))).tolist() == [7.0, 7.0]
 
     run(scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -40,6 +41,16 @@ def test_round_trip(prompt: int, tmp_path: Path) -> None:
     loaded = load_features(tmp_path / "voice.safetensors")
     assert loaded.digest == voice.digest
     assert [file.name for file in tmp_path.iterdir()] == ["voice.safetensors"]
+
+
+@pytest.mark.parametrize(("private", "mode"), [(False, 0o640), (True, 0o600)])
+def test_who_may_read_it(private: bool, mode: int, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_features(some_voice(), tmp_path / "voice.safetensors", private=private)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "voice.safetensors").stat().st_mode & 0o777 == mode
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

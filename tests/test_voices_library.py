@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from chatterbox_vllm.audio.decode import Waveform
 from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.demo_checkpoint import write_demo
-from chatterbox_vllm.errors import ConfigurationError, InvalidAudio, TooLarge, UnknownVoice
+from chatterbox_vllm.errors import CheckpointError, ConfigurationError, InvalidAudio, TooLarge, UnknownVoice
 from chatterbox_vllm.types import VoiceFeatures
 from chatterbox_vllm.voices.enrolment import Enroller
 from chatterbox_vllm.voices.features import load_conds, load_features, save_features
@@ -135,6 +136,77 @@ def test_a_damaged_voice_harms_only_itself(library: VoiceLibrary, folder: Path) 
             library.get(name)
         assert caught.value.param == "voice"
     library.get("default")
+
+
+def test_clients_are_not_told_where_voices_are(library: VoiceLibrary, folder: Path) -> None:
+    (folder / "eve.safetensors").write_bytes(b"damaged")
+    (folder / "bob.wav").touch()
+    known = library.names()
+    for name in ("eve.safetensors", "bob.wav", "gone"):
+        if name == "gone":  # between the look at the folder and the look at the file
+            known = ["default", "bob", "eve"]
+            library._folder.files = lambda: {"bob": folder / "b.wav", "eve": folder / "e.safetensors"}
+        for voice in known[1:]:
+            with pytest.raises(InvalidAudio) as caught:
+                library.get(voice)
+            assert str(folder) not in str(caught.value)
+            assert caught.value.param == "voice"
+
+
+def test_a_suffix_may_be_in_capitals(library: VoiceLibrary, folder: Path, enrolled: list[int]) -> None:
+    save_features(some_voice(7), folder / "eve.SAFETENSORS")
+    (folder / "bob.WAV").write_bytes(WAV)
+    assert library.get("eve").digest == some_voice(7).digest
+    library.get("bob")
+    assert enrolled == [24_000]
+
+
+def test_enrolment_takes_no_thread_from_others(
+    library: VoiceLibrary, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as many new recordings as asyncio has threads; those whose clients leave are never enrolled."""
+    begun, go_on, seen = threading.Event(), threading.Event(), list[int]()
+
+    def enrol(self: Enroller, waveform: Waveform, *, param: str) -> VoiceFeatures:
+        seen.append(len(waveform.samples))
+        begun.set()
+        assert go_on.wait(10)
+        return some_voice()
+
+    monkeypatch.setattr(Enroller, "enrol", enrol)
+    (folder / "bob.wav").write_bytes(WAV)
+
+    async def scenario() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4))
+        first = asyncio.create_task(library.named("bob"))
+        await asyncio.to_thread(begun.wait, 10)
+        others = [asyncio.create_task(library.enrolled(WAV + bytes(count))) for count in range(1, 9)]
+        await asyncio.sleep(0.1)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "here"), 5) == "here"
+        assert (await asyncio.wait_for(library.named(), 5)).digest == library.get().digest
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        go_on.set()
+        assert (await first).digest == some_voice().digest
+        assert (await library.named("bob")).digest == (await library.enrolled(WAV)).digest
+
+    asyncio.run(scenario())
+    assert seen == [24_000]
+
+
+def test_a_checkpoint_is_checked_at_the_start(library: VoiceLibrary, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    library.check()
+    VoiceLibrary(replace(checkpoint, conds=None)).check()
+    assert checkpoint.conds is not None
+    (tmp_path / "conds.pt").write_bytes(checkpoint.conds.read_bytes()[:1000])
+    for wrong, says in (
+        ({"conds": tmp_path / "conds.pt"}, "conds.pt"),
+        ({"s3gen": checkpoint.voice_encoder}, r"lacks tokenizer\.\*, speaker_encoder"),
+        ({"voice_encoder": checkpoint.s3gen}, "lacks lstm"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            VoiceLibrary(replace(checkpoint, **wrong)).check()
 
 
 def test_the_folder_must_be_one(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -99,12 +99,15 @@ def log_to_stderr(settings: Settings) -> None:
 def _listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         raise ConfigurationError(
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}); choose another one",
             param="port",
         ) from error
+    # Connections inherit it: the kernel cuts a reader that takes nothing, also of bytes we have no hand on any more.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * settings.stalled_reader_timeout))
+    return listener
 
 
 def _schema_of(app: FastAPI) -> Callable[[], Any]:

@@ -24,7 +24,7 @@ from chatterbox_vllm.api.schemas import SpeechBody
 from chatterbox_vllm.api.services import Services
 from chatterbox_vllm.api.wire import EventWire, FileWire, Wire, start
 from chatterbox_vllm.audio.encode import FORMATS
-from chatterbox_vllm.errors import InvalidRequest
+from chatterbox_vllm.errors import EngineDead, InvalidRequest
 from chatterbox_vllm.types import SAMPLES_PER_TOKEN, SpeechRequest
 
 if TYPE_CHECKING:
@@ -49,7 +49,12 @@ class SpokenAnswer(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # a file over HTTP/1.0 has no chunks: a broken one could not be told from a whole one
         streamed = self._body.events or (self._body.streamed and scope["http_version"] != "1.0")
-        await until_disconnected(self._deliver(send, streamed=streamed), receive)
+        try:
+            await until_disconnected(self._deliver(send, streamed=streamed), receive)
+        except asyncio.CancelledError:
+            if self._admission.draining:  # the drain's time is over
+                raise EngineDead("this server is shutting down") from None
+            raise
 
     async def _deliver(self, send: Send, *, streamed: bool) -> None:
         with self._admission.slot():
@@ -61,20 +66,20 @@ class SpokenAnswer(Response):
                 raise
 
     async def _request(self) -> SpeechRequest:
-        voice = await asyncio.to_thread(self._voice)
+        voice = await self._voice()
         language = self._body.spoken_language
         if language is None and self._engine.checkpoint.variant.is_multilingual:
             language = self._settings.language
         options = self._body.options(self._settings.options)
         return SpeechRequest(text=self._body.input, voice=voice, language=language, options=options)
 
-    def _voice(self) -> VoiceFeatures:
+    async def _voice(self) -> VoiceFeatures:
         """Looks the voice up, or enrols the request's recording: seconds of work for one that is new."""
         if self._body.ref_audio is None:
-            return self._engine.voices.get(self._body.voice_id)
+            return await self._engine.voices.named(self._body.voice_id)
         limit = self._settings.max_upload_bytes
-        audio = recording(self._body.ref_audio, max_bytes=limit)
-        return self._engine.voices.from_audio(audio, param="ref_audio", max_bytes=limit)
+        audio = await asyncio.to_thread(recording, self._body.ref_audio, max_bytes=limit)
+        return await self._engine.voices.enrolled(audio, param="ref_audio", max_bytes=limit)
 
     async def _whole(self, request: SpeechRequest, send: Send) -> None:
         samples = await self._engine.speak(request)

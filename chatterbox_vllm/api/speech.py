@@ -13,6 +13,7 @@ from chatterbox_vllm.api.services import ServicesOf
 from chatterbox_vllm.audio.encode import FORMATS
 from chatterbox_vllm.errors import TooLarge
 from chatterbox_vllm.settings import Settings
+from chatterbox_vllm.text.frontend import check_text
 
 router = APIRouter(tags=["speech"])
 
@@ -35,11 +36,12 @@ _ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
 async def speech(request: Request, services: ServicesOf) -> Response:
     """Speaks a text: as one whole file, or as it is made with ``stream`` or ``stream_format``."""
     engine = services.running_engine()
-    services.admission.check()
-    body = parse(await read_json(request, max_bytes=_largest_body(services.settings)))
+    with services.admission.slot():
+        body = parse(await read_json(request, max_bytes=_largest_body(services.settings)))
     limit = services.settings.max_input_characters
     if len(body.input) > limit:
         raise TooLarge(f"input has {len(body.input)} characters; {limit} are the most", param="input")
+    check_text(body.input, param="input")
     return SpokenAnswer(body, engine, services)
 
 

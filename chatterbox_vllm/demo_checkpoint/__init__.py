@@ -29,7 +29,7 @@ def write_demo(
         seed: equal seeds give equal tensors.
 
     Raises:
-        CheckpointError: ``folder`` is a file, or holds something else; or no such size or variant.
+        CheckpointError: ``folder`` is a file, holds something else or cannot be written; or no such size or variant.
         MissingDependency: upstream's wheel, which defines the keys, is not installed.
     """
     from chatterbox_vllm.demo_checkpoint.writer import write

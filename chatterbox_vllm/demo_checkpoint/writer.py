@@ -31,6 +31,15 @@ def write(folder: Path, *, size: networks.Size, variant: Variant, seed: int, rep
     """Mirrors ``write_demo``; without ``replace`` a demo that another process finished first is left in place."""
     if size not in networks.SIZES:
         raise CheckpointError(f"no demo of size {size!r}; there are {', '.join(networks.SIZES)}")
+    folder = folder.resolve()  # "." has no name
+    try:
+        _write(folder, size, variant, seed, replace=replace)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the demo checkpoint cannot be written: {error}") from error
+    return locate(folder, variant)
+
+
+def _write(folder: Path, size: networks.Size, variant: Variant, seed: int, *, replace: bool) -> None:
     _refuse_others(folder)
     staging = _beside(folder)
     logger.info("Writing the %s %s demo checkpoint (random weights, speaks noise) to %s", size, variant, folder)
@@ -40,7 +49,6 @@ def write(folder: Path, *, size: networks.Size, variant: Variant, seed: int, rep
         _put_in_place(staging, folder, replace=replace)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return locate(folder, variant)
 
 
 def _refuse_others(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 from chatterbox_vllm.doctor import machine, packages
 from chatterbox_vllm.doctor.finding import Finding, Level, error, ok
 from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.upstream import PIP
 
 MARKS: Final = {Level.OK: "ok   ", Level.WARN: "warn ", Level.ERROR: "ERROR"}
 
@@ -26,7 +27,7 @@ def examine(model: str | None = None) -> Iterator[Finding]:
     yield machine.system()
     yield machine.processor()
     yield machine.memory()
-    yield from machine.gpus(machine.ask_gpus(), cuda_build=build == "cuda")
+    yield from machine.gpus(machine.ask_gpus(), cuda_build=build == "cuda", hidden=machine.hidden_driver())
     if build == "cuda":
         yield machine.compiler()
     yield packages.vllm(build)
@@ -45,7 +46,7 @@ def _deployment(model: str | None) -> Iterator[Finding]:
         from chatterbox_vllm import settings
         from chatterbox_vllm.doctor import weights
     except ImportError as problem:
-        yield error("settings", f"cannot be read: {problem}", "pip install the packages reported above")
+        yield error("settings", f"cannot be read: {problem}", f"{PIP} install the packages reported above")
         return
     try:
         chosen = settings.load({"model": model})

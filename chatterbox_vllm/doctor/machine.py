@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Final
 
 from chatterbox_vllm.doctor.finding import Finding, error, ok, warn
+from chatterbox_vllm.memory import memory as ask_memory
 
 OLDEST_DRIVER: Final = 580
 """The first driver of the CUDA 13 family, which the CUDA build of torch is made with."""
+NEWER_DRIVER: Final = f"update the driver to {OLDEST_DRIVER} or newer: torch is a CUDA 13 build"
 OLDEST_CAPABILITY: Final = 7.5
 BF16_CAPABILITY: Final = 8.0
 LEAST_MEMORY_GB: Final = 4.0
@@ -54,24 +57,11 @@ def _processor_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def memory() -> Finding:
-    total, available = memory_gb()
-    detail = f"{available:.1f} of {total:.1f} GB free"
-    if available < LEAST_MEMORY_GB:
+    total, available = ask_memory()
+    detail = f"{available / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    if available / 1e9 < LEAST_MEMORY_GB:
         return warn("memory", detail, f"end other programs, or give the server {LEAST_MEMORY_GB:.0f} GB")
     return ok("memory", detail)
-
-
-def memory_gb(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[float, float]:
-    """(total, available) in GB; a container's limit counts."""
-    lines = (proc / "meminfo").read_text(encoding="utf-8").splitlines()
-    sizes = {line.partition(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.split()[-1] == "kB"}
-    total, available = sizes["MemTotal"], sizes["MemAvailable"]
-    try:
-        limit = int((cgroup / "memory.max").read_text(encoding="utf-8"))
-        used = int((cgroup / "memory.current").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no container, or "max"
-        return total / 1e9, available / 1e9
-    return min(total, limit) / 1e9, min(available, limit - used) / 1e9
 
 
 @dataclass(frozen=True)
@@ -83,6 +73,18 @@ class Gpu:
     capability: float
     memory: float
     free: float
+
+
+def hidden_driver(root: Path = Path("/")) -> str | None:
+    """The version of a GPU's driver, by the kernel; None where the GPU's device is not here."""
+    if not (root / "dev/nvidiactl").exists():
+        return None
+    try:
+        said = (root / "proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        said = ""
+    version = re.search(r"\s(\d+\.\d[\d.]*)\s", said)
+    return version[1] if version else "of unknown version"
 
 
 def ask_gpus() -> list[Gpu] | str:
@@ -117,27 +119,46 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def gpus(found: list[Gpu] | str, *, cuda_build: bool) -> Iterator[Finding]:
-    """What the GPUs mean for the build of vLLM that is installed."""
+def gpus(found: list[Gpu] | str, *, cuda_build: bool, hidden: str | None = None) -> Iterator[Finding]:
+    """What the GPUs mean for the build of vLLM that is installed.
+
+    Args:
+        hidden: ``hidden_driver()``; counts where nvidia-smi names no GPU.
+    """
     if isinstance(found, str):
-        if not cuda_build:
-            yield ok("GPU", f"none ({found}); the CPU build needs none")
-            return
+        yield _unnamed(found, hidden) if cuda_build else _unneeded(found, hidden)
+    elif cuda_build:
+        yield from map(_judge, found)
+    else:
+        yield _unused(found[0].name)
+
+
+def _unused(name: str) -> Finding:
+    remedy = "CHATTERBOX_DEVICE=cuda ./start-api-server.sh, or pip install '.[cuda]' in a new environment"
+    return warn("GPU", f"{name} is not used: this is the CPU build of vLLM", remedy)
+
+
+def _unneeded(why: str, hidden: str | None) -> Finding:
+    if hidden:
+        return _unused(f"an NVIDIA GPU, driver {hidden},")
+    return ok("GPU", f"none ({why}); the CPU build needs none")
+
+
+def _unnamed(why: str, hidden: str | None) -> Finding:
+    """A container may have the GPU without the driver's utilities."""
+    if hidden is None:
         remedy = "install NVIDIA's driver, or the CPU build: CHATTERBOX_DEVICE=cpu ./start-api-server.sh"
-        yield error("GPU", f"none ({found}), and this is the CUDA build of vLLM", remedy)
-        return
-    if not cuda_build:
-        remedy = "CHATTERBOX_DEVICE=cuda ./start-api-server.sh, or pip install '.[cuda]' in a new environment"
-        yield warn("GPU", f"{found[0].name} is not used: this is the CPU build of vLLM", remedy)
-        return
-    for gpu in found:
-        yield _judge(gpu)
+        return error("GPU", f"none ({why}), and this is the CUDA build of vLLM", remedy)
+    if 0 < _number(hidden.partition(".")[0]) < OLDEST_DRIVER:
+        return error("GPU", f"driver {hidden}", NEWER_DRIVER)
+    remedy = "a container gets the driver's utilities, which vLLM calls, by NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+    return warn("GPU", f"one is here, driver {hidden}, but cannot be asked: {why}", remedy)
 
 
 def _judge(gpu: Gpu) -> Finding:
     detail = f"{gpu.name}, driver {gpu.driver}, capability {gpu.capability}, {gpu.free:.1f} of {gpu.memory:.1f} GB free"
     if _number(gpu.driver.partition(".")[0]) < OLDEST_DRIVER:
-        return error("GPU", detail, f"update the driver to {OLDEST_DRIVER} or newer: torch is a CUDA 13 build")
+        return error("GPU", detail, NEWER_DRIVER)
     if gpu.capability < OLDEST_CAPABILITY:
         return error("GPU", detail, f"use a GPU of compute capability {OLDEST_CAPABILITY} (Turing, 2018) or newer")
     if gpu.memory and gpu.free < LEAST_GPU_MEMORY_GB:

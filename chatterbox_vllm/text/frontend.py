@@ -57,6 +57,8 @@ class TextFrontend:
         check_text(text, param=param)
         code = self._language(language)
         pieces = split(text, max_characters=max_characters)
+        if len(pieces) == 1:
+            pieces = [text]  # with the white space around it, which keeps upstream from capitalising what follows
         spoken = [piece for piece in pieces if is_speakable(piece)] or pieces
         return [ids for piece in spoken for ids in self._within(piece, code, max_tokens, param)]
 

@@ -9,6 +9,9 @@ Three things stand in the way of a plain ``import chatterbox.models.s3gen``:
 
 So the modules of three packages, and no others, are run with an ``__import__`` that answers for these two
 names itself. Nothing is put into ``sys.modules`` under a name that is not its own.
+
+Upstream and we use librosa, whose functions numba keeps compiled, by default beside librosa's source or in the home:
+where neither may be written to, importing librosa fails. So numba is given a folder in our cache.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from __future__ import annotations
 import builtins
 import importlib
 import importlib.util
+import os
+import shlex
 import sys
 from functools import cache
 from importlib.abc import MetaPathFinder
@@ -24,13 +29,29 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final
 
+from chatterbox_vllm.checkpoint import cache_dir, unusable_cache
 from chatterbox_vllm.errors import MissingDependency
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 PACKAGES: Final = frozenset({"chatterbox", "s3tokenizer", "perth"})
-INSTALL: Final = "pip install --no-deps chatterbox-tts==0.1.7 s3tokenizer==0.3.0"
+PIP: Final = f"{shlex.quote(sys.executable)} -m pip"
+"""The pip of the environment that runs; the one in PATH may be another's."""
+INSTALL: Final = f"{PIP} install --no-deps chatterbox-tts==0.1.7 s3tokenizer==0.3.0"
+_DISTRIBUTIONS: Final = {
+    "PIL": "pillow",
+    "attr": "attrs",
+    "google": "protobuf",
+    "perth": "resemble-perth",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "spacy_pkuseg": "spacy-pkuseg",
+    "yaml": "PyYAML",
+}
+"""Of modules that upstream's packages import, those whose distribution has another name."""
+
+os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
 
 
 def load(name: str) -> ModuleType:
@@ -47,6 +68,7 @@ def import_module(name: str) -> ModuleType:
 
     Raises:
         MissingDependency: the package, or one it needs, is not installed.
+        ConfigurationError: numba has no folder to write to.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
@@ -54,14 +76,18 @@ def import_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise _missing(name, error.name or name) from error
+    except RuntimeError as error:
+        if "no locator available" in str(error):  # numba's words for having nowhere to write to
+            raise unusable_cache(error) from error
+        raise
 
 
 def _missing(wanted: str, absent: str) -> MissingDependency:
     package = absent.partition(".")[0]
     if package in {"chatterbox", "s3tokenizer"}:
         return MissingDependency("chatterbox-tts", purpose="for upstream's network definitions", command=INSTALL)
-    name = "resemble-perth" if package == "perth" else package
-    return MissingDependency(name, purpose=f"by {wanted}", command=f"pip install {name}")
+    name = _DISTRIBUTIONS.get(package, package)
+    return MissingDependency(name, purpose=f"by {wanted}", command=f"{PIP} install {name}")
 
 
 class _Finder(MetaPathFinder):

@@ -2,8 +2,9 @@
 
 Mirrors ``chatterbox.models.s3gen.hifigan.HiFTGenerator``. Its convolutions see both ways, so in a batch every layer's
 padding is cleared and the source is mirrored at the end of each row; the two Fourier transforms, 16 samples long, are
-convolutions. Noise, phase offsets and the phases reached so far are arguments, so any stretch of an utterance gives the
-samples it has in the whole, except within ``REACH`` frames of where it was cut.
+convolutions, in float64: those of float32 are rounded to TF32 by cuDNN, which upstream's cuFFT never does. Noise, phase
+offsets and the phases reached so far are arguments, so any stretch of an utterance gives the samples it has in the
+whole, except within ``REACH`` frames of where it was cut.
 """
 
 from __future__ import annotations
@@ -161,8 +162,8 @@ class Snake(nn.Module):
 
 def _spectra(source: Tensor, edges: Edges) -> Tensor:
     """Mirrors ``HiFTGenerator._stft``: (B, 480 F) to (B, 18, 120 F + 1), real parts, then imaginary parts."""
-    framed = edges.reflected(source, FRAME_SAMPLES, _FFT // 2)[:, None]
-    return edges.clear(F.conv1d(framed, _analysis(source.device), stride=_HOP), _SPECTRA, 1)
+    framed = edges.reflected(source, FRAME_SAMPLES, _FFT // 2)[:, None].double()
+    return edges.clear(F.conv1d(framed, _analysis(source.device), stride=_HOP).float(), _SPECTRA, 1)
 
 
 def _samples(x: Tensor, edges: Edges) -> Tensor:
@@ -171,24 +172,25 @@ def _samples(x: Tensor, edges: Edges) -> Tensor:
     magnitude = log_magnitude.exp().clamp(max=1e2)
     angle = torch.sin(phase)
     spectra = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
-    within = edges.mask(x.shape[-1], _SPECTRA, 1)
+    within = edges.mask(x.shape[-1], _SPECTRA, 1).double()
     wave = F.conv_transpose1d(spectra * within, _synthesis(x.device), stride=_HOP)
     # Windows that overlap add up to 1.5, but not at the edges.
     weight = F.conv_transpose1d(within, _window(x.device).square()[None, None], stride=_HOP)
-    wave = wave / weight.clamp(min=1e-8)
+    wave = (wave / weight.clamp(min=1e-8)).float()
     return wave[:, 0, _FFT // 2 : -_FFT // 2].clamp(-_LOUDEST, _LOUDEST)
 
 
 @cache
 def _window(device: torch.device) -> Tensor:
-    return torch.hann_window(_FFT, dtype=torch.float64).float().to(device)
+    """(16,) float64 of upstream's float32 values."""
+    return torch.hann_window(_FFT, dtype=torch.float64).float().double().to(device)
 
 
 @cache
 def _analysis(device: torch.device) -> Tensor:
     """(18, 1, 16) kernels: a windowed real Fourier transform."""
     angles = _angles()
-    return (torch.cat([angles.cos(), -angles.sin()]) * _window(torch.device("cpu")))[:, None].float().to(device)
+    return (torch.cat([angles.cos(), -angles.sin()]) * _window(torch.device("cpu")))[:, None].to(device)
 
 
 @cache
@@ -198,7 +200,7 @@ def _synthesis(device: torch.device) -> Tensor:
     share = torch.full((_BINS, 1), 2.0 / _FFT, dtype=torch.float64)
     share[0] = share[-1] = 1.0 / _FFT
     waves = torch.cat([share * angles.cos(), -share * angles.sin()])
-    return (waves * _window(torch.device("cpu")))[:, None].float().to(device)
+    return (waves * _window(torch.device("cpu")))[:, None].to(device)
 
 
 def _angles() -> Tensor:

@@ -7,9 +7,11 @@ on what else is in the batch.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +31,21 @@ from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
 from chatterbox_vllm.vocoder.weights import Networks, load
 
 MAX_FRAMES: Final = 16_384
-"""Mel frames in one batch on a GPU; about 8 GB of activations at the real sizes."""
+"""The most mel frames in one batch on a GPU; about 8 GB of activations at the real sizes."""
+FEWEST_FRAMES: Final = 2_048
+"""What a GPU without memory to spare is asked for all the same; a batch that does not fit is split."""
+FRAME_BYTES: Final = 2**19
+"""Of activations for one mel frame, at the real sizes."""
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Said:
+    """What a step gives: the samples it releases, on the CPU, and what ``Step.settle`` takes."""
+
+    samples: Tensor
+    mel: Tensor
+    cycles: Tensor
 
 
 class Vocoder:
@@ -42,8 +58,9 @@ class Vocoder:
         device: where they run. It must know float64, in which phases are summed.
         dtype: of the estimator; everything else stays float32.
         max_frames: the most mel frames, recordings and padding included, that run at once; bounds the memory. A single
-            utterance always runs. None is ``MAX_FRAMES``, but on a CPU, where a batch is hardly faster, each utterance
-            alone: matrix kernels round differently for different shapes, and so every sound has upstream's very bits.
+            utterance always runs. None is what half of a GPU's free memory holds, ``MAX_FRAMES`` at most; but on a CPU,
+            where a batch is hardly faster, each utterance alone: matrix kernels round differently for different shapes,
+            and so every sound has upstream's very bits.
     """
 
     sample_rate: Final = SAMPLE_RATE
@@ -57,12 +74,12 @@ class Vocoder:
         max_frames: int | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.max_frames = max_frames or (1 if self.device.type == "cpu" else MAX_FRAMES)
         self.flow = networks.flow.to(self.device)
         self.flow.decoder.to(dtype)
         self.hift = networks.mel2wav.to(self.device)
         self._fade = fade_in().to(self.device)
         self._prompts = Prompts(self.flow, self.device)
+        self.max_frames = max_frames or frames_at_once(self.device)  # now that the weights have their memory
 
     @classmethod
     def from_checkpoint(
@@ -102,24 +119,29 @@ class Vocoder:
     def advance(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Takes chunks of different utterances and says what can be said.
 
+        A batch for which the memory does not suffice is split, down to single utterances.
+
         Returns:
             For each chunk the (n,) float32 samples on the CPU that follow those returned before; n is 0 where too few
             tokens are in to settle anything. A final chunk brings the total to 960 samples a token.
 
         Raises:
             ValueError: two chunks are of one utterance, or one came after its final chunk.
+            torch.OutOfMemoryError: for one utterance alone. As after every error, no utterance has changed.
         """
         if len({chunk.utterance for chunk in chunks}) < len(chunks):
             raise ValueError("a batch holds two chunks of one utterance")
         steps = [plan(chunk) for chunk in chunks]
-        spoken: dict[Step, Tensor] = {}
+        said: dict[Step, _Said] = {}
         with torch.inference_mode():
             for batch in self._batches(steps):
-                spoken.update(zip(batch, self._speak(batch), strict=True))
+                said.update(zip(batch, self._speak_within_memory(batch), strict=True))
+            for step, each in said.items():
+                step.settle(each.mel, each.cycles)
         for step in steps:
             step.take()
         # Copied, so that each owns its memory and may be changed outside of inference mode.
-        return [spoken.get(step, torch.empty(0)).clone() for step in steps]
+        return [said[step].samples.clone() if step in said else torch.empty(0) for step in steps]
 
     def _batches(self, steps: list[Step]) -> list[list[Step]]:
         """Steps that can run together: as many diffusion steps, and no more frames than fit."""
@@ -132,14 +154,25 @@ class Vocoder:
     def _flow_frames(self, step: Step) -> int:
         return len(self._prompts[step.utterance.voice].mel) + FRAMES_PER_TOKEN * len(step.tokens)
 
-    def _speak(self, batch: list[Step]) -> list[Tensor]:
-        """The samples that each step releases, on the CPU."""
+    def _speak_within_memory(self, batch: list[Step]) -> list[_Said]:
+        try:
+            return self._speak(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            _log.warning("no memory for a batch of %d utterances; trying its halves", len(batch))
+        # Past the except clause, whose error kept the failed attempt's tensors alive.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = len(batch) // 2
+        return self._speak_within_memory(batch[:half]) + self._speak_within_memory(batch[half:])
+
+    def _speak(self, batch: list[Step]) -> list[_Said]:
         mels = [step.joined(mel) for step, mel in zip(batch, self._flow(batch), strict=True)]
         samples, cycles = self.hift(self._stretch(batch, mels))
         news = [self._released(step, row) for step, row in zip(batch, samples, strict=True)]
-        for step, mel, row in zip(batch, mels, cycles, strict=True):
-            step.settle(mel, row)
-        return list(torch.cat(news).cpu().split([len(new) for new in news]))
+        sounds = torch.cat(news).cpu().split([len(new) for new in news])
+        return [_Said(*each) for each in zip(sounds, mels, cycles, strict=True)]
 
     def _flow(self, batch: list[Step]) -> list[Tensor]:
         """(frames, 80) mel for each step, from everything said so far."""
@@ -193,6 +226,16 @@ class Vocoder:
 
     def _integers(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self.device)
+
+
+def frames_at_once(device: torch.device) -> int:
+    """The default of ``max_frames``: see ``Vocoder``."""
+    if device.type == "cpu":
+        return 1
+    if device.type != "cuda":
+        return MAX_FRAMES
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(FEWEST_FRAMES, min(MAX_FRAMES, free // 2 // FRAME_BYTES))
 
 
 def fade_in() -> Tensor:

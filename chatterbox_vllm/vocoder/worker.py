@@ -1,7 +1,9 @@
 """A thread that owns a vocoder, and its front for asyncio.
 
 Whatever waits when the vocoder is free makes the next batch, up to ``max_batch`` chunks and ``max_frames`` mel frames.
-Chunks of utterances of which nothing was heard go first, because somebody waits for those; among equals, the oldest.
+The oldest goes first, but a stream's first chunk counts as ``FIRST_CHUNK_BONUS`` older than it is, because somebody
+waits for it; not more, lest new streams silence those that sound. After an error that leaves the device unusable the
+thread ends, so that whoever watches ``is_alive`` can start the program anew.
 A vocoder that speaks every utterance alone, as on a CPU, gets them one by one, so that none waits for another's end.
 """
 
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from chatterbox_vllm.errors import EngineDead, EngineError
@@ -23,12 +26,24 @@ from chatterbox_vllm.vocoder.utterance import Chunk, Utterance
 
 logger: Final = logging.getLogger(__name__)
 
+FIRST_CHUNK_BONUS: Final = 0.5
+"""Seconds by which a stream's first chunk may overtake: about what a listening client has in its buffer."""
+DEVICE_LOST: Final[tuple[type[Exception], ...]] = (torch.AcceleratorError,)
+"""What a failed kernel raises. The device's context does not survive it. Want of memory is no such error."""
+
 
 @dataclass(eq=False)
 class _Job:
     chunk: Chunk
     answer: asyncio.Future[Tensor]
     cancelled: bool = field(default=False)
+    came: float = field(default_factory=time.monotonic)
+
+    @property
+    def due(self) -> float:
+        """When it came, less the bonus; whole files, which are final from the start, have none."""
+        chunk = self.chunk
+        return self.came - (FIRST_CHUNK_BONUS if chunk.utterance.is_silent and not chunk.final else 0.0)
 
 
 class VocoderWorker:
@@ -60,6 +75,7 @@ class VocoderWorker:
         self._refused: list[_Job] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._device_lost = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="vocoder", daemon=True)
 
@@ -71,7 +87,7 @@ class VocoderWorker:
     @property
     def is_alive(self) -> bool:
         """The thread runs and takes chunks."""
-        return self._thread.is_alive() and not self._closing
+        return self._thread.is_alive() and not self._closing and not self._device_lost
 
     def start(self) -> None:
         """Starts the thread; to be called once, within the event loop."""
@@ -120,15 +136,15 @@ class VocoderWorker:
             with self._changed:
                 self._closing = True
                 left = self._refused + self._jobs
-            self._deliver([(job, EngineDead("the vocoder was closed")) for job in left])
+            self._deliver([(job, EngineDead("the vocoder has ended")) for job in left])
 
     def _turn(self) -> bool:
-        """Speaks one batch and lets go of it, so that an idle worker holds no utterance; False at the end."""
+        """Speaks one batch and lets go of it, so that an idle worker holds no utterance; False to end the thread."""
         batch = self._next_batch()
         if batch:
             answers = self._speak([job.chunk for job in batch])
             self._deliver(list(zip(batch, answers, strict=True)))
-        return bool(batch)
+        return bool(batch) and not self._device_lost
 
     def _next_batch(self) -> list[_Job]:
         """Waits for jobs and takes them off the queue; empty when there will be no more."""
@@ -150,6 +166,7 @@ class VocoderWorker:
             sounds = self.vocoder.advance(chunks)
         except Exception as error:  # whatever it is, the requests outside this batch must not suffer
             logger.exception("the vocoder failed on a batch of %d chunks", len(chunks))
+            self._device_lost = isinstance(error, DEVICE_LOST)
             return [_failure(error) for _ in chunks]
         logger.debug("spoke %d chunks in %.0f ms", len(chunks), 1e3 * (time.perf_counter() - began))
         return sounds
@@ -163,11 +180,11 @@ class VocoderWorker:
 
 
 def pick(jobs: Sequence[_Job], max_batch: int, max_frames: int) -> list[_Job]:
-    """The next batch: silent utterances first, then in order; one chunk of each utterance; at least one chunk."""
+    """The next batch, in the order of ``due``: one chunk of each utterance, and at least one chunk."""
     batch: list[_Job] = []
     taken: set[Utterance] = set()
     frames = 0
-    for job in sorted(jobs, key=lambda job: not job.chunk.utterance.is_silent):
+    for job in sorted(jobs, key=lambda job: job.due):
         if job.chunk.utterance in taken:
             continue
         frames += job.chunk.flow_frames

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import librosa
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chatterbox_vllm import upstream
@@ -80,7 +81,7 @@ class Enroller:
             self._networks = None
 
     def identity(self) -> str:
-        """A hash that two checkpoints share only if they enrol alike: of sizes, beginnings and ends of the files."""
+        """A hash of the sizes and of the first and last MiB of the files: who shares it is taken to enrol alike."""
         sha = hashlib.sha256()
         for path in (self._checkpoint.s3gen, self._checkpoint.voice_encoder):
             size = path.stat().st_size
@@ -90,11 +91,32 @@ class Enroller:
                 sha.update(file.read())
         return sha.hexdigest()
 
+    def check(self) -> None:
+        """Looks for the networks in the headers of the files, where they have one (safetensors).
+
+        Raises:
+            CheckpointError: one is not there, or the file is no safetensors.
+        """
+        _check_parts(self._checkpoint.s3gen, ("tokenizer.", "speaker_encoder."))
+        _check_parts(self._checkpoint.voice_encoder, ("lstm.", "proj."))
+
     def _load(self) -> _Networks:
         tokenizer, speaker_encoder = load_enrolment_parts(self._checkpoint.s3gen)
         voice_encoder = load_voice_encoder(self._checkpoint.voice_encoder)
         modules = (module.float().to(self._device).eval() for module in (tokenizer, speaker_encoder, voice_encoder))
         return _Networks(*modules)
+
+
+def _check_parts(file: Path, prefixes: tuple[str, ...]) -> None:
+    if file.suffix != ".safetensors":
+        return
+    try:
+        with safe_open(file, framework="pt") as content:
+            keys = list(content.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read as safetensors ({error}); get it anew") from error
+    if missing := [prefix for prefix in prefixes if not any(key.startswith(prefix) for key in keys)]:
+        raise CheckpointError(f"{file} lacks {', '.join(f'{prefix}*' for prefix in missing)}, for enrolling voices")
 
 
 def warm_up() -> None:

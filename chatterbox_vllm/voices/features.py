@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -32,15 +32,19 @@ class _Wrong(ValueError):
     """The rest of the sentence that begins with the file's name."""
 
 
-def save_features(features: VoiceFeatures, path: str | Path) -> None:
-    """Writes ``features`` as safetensors; at no moment is there half a file under ``path``."""
+def save_features(features: VoiceFeatures, path: str | Path, *, private: bool = False) -> None:
+    """Writes ``features`` as safetensors; at no moment is there half a file under ``path``.
+
+    Args:
+        private: others may not read it, whatever the umask.
+    """
     tensors = {name: getattr(features, name).contiguous() for name in _NAMES}
     content = save(tensors, metadata={"format": FORMAT, "version": VERSION})
     path = Path(path)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(8)}.part")
+    mode = 0o600 if private else 0o666  # less the umask
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content)
         temporary.replace(path)
     finally:
@@ -57,7 +61,10 @@ def load_features(path: str | Path, *, param: str = "voice") -> VoiceFeatures:
     path = Path(path)
     try:
         return _checked(_read(path))
-    except (_Wrong, SafetensorError, OSError) as error:
+    except OSError as error:  # whose text has the whole path, which is no client's business
+        reason = error.strerror or "it cannot be read"
+        raise InvalidAudio(f"{param}: {path.name!r} is not a usable voice file: {reason}", param=param) from error
+    except (_Wrong, SafetensorError) as error:
         raise InvalidAudio(f"{param}: {path.name!r} is not a usable voice file: {error}", param=param) from error
 
 

@@ -6,17 +6,19 @@ the same bytes are enrolled once, then come from memory, or from disk in the nex
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import re
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from chatterbox_vllm.audio.decode import MAX_BYTES, decode, read_bounded
 from chatterbox_vllm.checkpoint import cache_dir
-from chatterbox_vllm.errors import ConfigurationError, InvalidAudio, UnknownVoice
+from chatterbox_vllm.errors import ConfigurationError, InvalidAudio, TooLarge, UnknownVoice
 from chatterbox_vllm.voices.enrolment import Enroller, warm_up
 from chatterbox_vllm.voices.features import SUFFIX, load_conds, load_features, save_features
 
@@ -66,6 +68,9 @@ class VoiceLibrary:
         self._folder = _Folder(Path(folder)) if folder is not None else None
         self._builtin: VoiceFeatures | None = None
         self._lock = threading.Lock()
+        # Of its own: in asyncio's pool, new recordings that wait for each other would take every thread from the
+        # streams that sound.
+        self._enrolling = ThreadPoolExecutor(1, thread_name_prefix="enrolment")
 
     def names(self) -> list[str]:
         """The ids of the folder's voices and, first, ``default`` if the checkpoint has a built-in voice."""
@@ -79,13 +84,13 @@ class VoiceLibrary:
             UnknownVoice: there is none (``param="voice"``).
             InvalidAudio: its file is damaged (``param="voice"``).
         """
-        name = DEFAULT if voice_id is None else voice_id
-        if isinstance(name, str) and _VOICE_ID.fullmatch(name):
-            if self._folder is not None and (path := self._folder.files().get(name)):
-                return self._of_file(path)
-            if (name == DEFAULT or name in OPENAI_VOICES) and self._checkpoint.conds is not None:
-                return self._default(self._checkpoint.conds)
-        raise self._unknown(voice_id)
+        found = self._found(voice_id)
+        return self._recordings.get(found, "voice") if isinstance(found, bytes) else found
+
+    async def named(self, voice_id: str | None = None) -> VoiceFeatures:
+        """``get`` for an event loop, as ``enrolled`` is ``from_audio``."""
+        found = await asyncio.to_thread(self._found, voice_id)
+        return await self._enrolled(found, "voice") if isinstance(found, bytes) else found
 
     def from_audio(
         self, source: str | Path | bytes, *, param: str = "audio_prompt_path", max_bytes: int = MAX_BYTES
@@ -99,6 +104,31 @@ class VoiceLibrary:
             InvalidAudio, TooLarge: see ``audio.decode.decode``; ``param`` names the argument.
         """
         return self._recordings.get(read_bounded(source, param=param, max_bytes=max_bytes), param)
+
+    async def enrolled(
+        self, source: str | Path | bytes, *, param: str = "audio_prompt_path", max_bytes: int = MAX_BYTES
+    ) -> VoiceFeatures:
+        """``from_audio`` for an event loop: new recordings take turns, and none of asyncio's threads.
+
+        Cancelling drops a recording whose turn has not come.
+        """
+        content = await asyncio.to_thread(read_bounded, source, param=param, max_bytes=max_bytes)
+        return await self._enrolled(content, param)
+
+    async def _enrolled(self, content: bytes, param: str) -> VoiceFeatures:
+        if (features := await asyncio.to_thread(self._recordings.known, content)) is not None:
+            return features
+        return await asyncio.get_running_loop().run_in_executor(self._enrolling, self._recordings.get, content, param)
+
+    def check(self) -> None:
+        """Finds at the start what would else be found by the first request.
+
+        Raises:
+            CheckpointError: the built-in voice is damaged, or the files lack the enrolment's networks.
+        """
+        self._enroller.check()
+        if self._checkpoint.conds is not None:
+            self._default(self._checkpoint.conds)
 
     def warm_up(self) -> None:
         """Has behind it what the process's first recording would wait for, but the networks' loading."""
@@ -114,10 +144,15 @@ class VoiceLibrary:
                 self._builtin = load_conds(conds)
             return self._builtin
 
-    def _of_file(self, path: Path) -> VoiceFeatures:
-        if path.suffix == SUFFIX:
-            return load_features(path)
-        return self.from_audio(path, param="voice")
+    def _found(self, voice_id: str | None) -> VoiceFeatures | bytes:
+        """What is there under that id: features, or a recording's content."""
+        name = DEFAULT if voice_id is None else voice_id
+        if isinstance(name, str) and _VOICE_ID.fullmatch(name):
+            if self._folder is not None and (path := self._folder.files().get(name)):
+                return load_features(path) if _holds_features(path) else _recording(path)
+            if (name == DEFAULT or name in OPENAI_VOICES) and self._checkpoint.conds is not None:
+                return self._default(self._checkpoint.conds)
+        raise self._unknown(voice_id)
 
     def _unknown(self, voice_id: object) -> UnknownVoice:
         names = self.names()
@@ -126,6 +161,21 @@ class VoiceLibrary:
             return UnknownVoice(reason, param="voice")
         known = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         return UnknownVoice(f"there is no voice {voice_id!r:.80}; there are: {known or 'none'}", param="voice")
+
+
+def _holds_features(path: Path) -> bool:
+    return path.suffix.lower() == SUFFIX
+
+
+def _recording(path: Path) -> bytes:
+    """A voice's recording; its errors, which go to clients, do not tell where this server keeps it."""
+    try:
+        return read_bounded(path, param="voice")
+    except TooLarge:
+        raise
+    except InvalidAudio as error:
+        _log.warning("%s", error)
+        raise InvalidAudio(f"voice: the recording of {path.stem!r} is empty or unreadable", param="voice") from error
 
 
 class _Folder:
@@ -155,7 +205,7 @@ class _Folder:
     def _scan(self) -> dict[str, Path]:
         files: dict[str, Path] = {}
         # Reversed, so that of two files of one voice the features win, then the first suffix.
-        entries = sorted(self._folder.iterdir(), key=lambda path: (path.suffix != SUFFIX, path.name), reverse=True)
+        entries = sorted(self._folder.iterdir(), key=lambda path: (not _holds_features(path), path.name), reverse=True)
         for path in entries:
             if path.suffix.lower() not in _AUDIO_SUFFIXES | {SUFFIX} or path.name.startswith(".") or not path.is_file():
                 continue
@@ -194,6 +244,10 @@ class _Recordings:
             self._store(key, features)
             return features
 
+    def known(self, content: bytes) -> VoiceFeatures | None:
+        """The features, if no enrolment is needed for them."""
+        return self._known(self._key(content))
+
     def _key(self, content: bytes) -> str:
         with self._lock:
             if self._identity is None:
@@ -226,7 +280,7 @@ class _Recordings:
         self._remember(key, features)
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            save_features(features, self._path(key))
+            save_features(features, self._path(key), private=True)
             self._prune()
         except OSError as error:
             _log.warning("the voice is not kept on disk: %s", error)
