@@ -132,7 +132,7 @@ class AsyncChatterbox:
         if "max_num_seqs" in engine_args:
             raise ConfigurationError("max_num_seqs is called max_batch_size here", param="max_num_seqs")
         on_gpu = not current_platform.is_cpu()
-        if str(device) == "cpu" and not current_platform.is_cpu():
+        if str(device) == "cpu" and on_gpu:
             raise ConfigurationError(
                 "device='cpu' needs vLLM's CPU build: CHATTERBOX_DEVICE=cpu ./start-api-server.sh installs it",
                 param="device",
@@ -147,7 +147,8 @@ class AsyncChatterbox:
         await asyncio.to_thread(voices.check)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
         watermarker = await asyncio.to_thread(Watermarker) if watermark else None
-        warming = asyncio.ensure_future(asyncio.to_thread(watermarker.warm_up)) if watermarker else None
+        # Beside T3's loading, which leaves this process idle.
+        warming = asyncio.ensure_future(asyncio.to_thread(_warm_up, watermarker, voices))
         started = time.perf_counter()
         logger.info("loading T3 (%s) from %s into vLLM", checkpoint.variant, checkpoint.folder)
         loading_t3 = asyncio.ensure_future(
@@ -168,8 +169,7 @@ class AsyncChatterbox:
             await t3.connect()
             logger.info("T3 is up after %.0f s; loading the vocoder", time.perf_counter() - started)
             vocoder = await asyncio.to_thread(Vocoder.from_checkpoint, checkpoint.s3gen, device=vocoder_where)
-            if warming:
-                await warming
+            await warming
         except BaseException:
             # A thread cannot be stopped: an engine that comes up after all is ended then.
             loading_t3.add_done_callback(_end_late_engine)
@@ -358,6 +358,13 @@ class _Part:
         assert self.task is not None
         await self.task
         return taken, True
+
+
+def _warm_up(watermarker: Watermarker | None, voices: VoiceLibrary) -> None:
+    """Has behind it what the first requests would wait for: seconds of compiling and loading."""
+    if watermarker is not None:
+        watermarker.warm_up()
+    voices.warm_up()
 
 
 async def _together(spoken: list[Coroutine[Any, Any, torch.Tensor]]) -> list[torch.Tensor]:

@@ -13,11 +13,9 @@ import asyncio
 import atexit
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
-from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from threading import Thread, current_thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -28,7 +26,8 @@ from tqdm import tqdm
 
 from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant, as_variant
 from chatterbox_vllm.engine import AsyncChatterbox
-from chatterbox_vllm.errors import EngineDead, InvalidRequest
+from chatterbox_vllm.errors import InvalidRequest
+from chatterbox_vllm.loop_thread import LoopThread
 from chatterbox_vllm.text.frontend import check_text
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.types import SAMPLE_RATE, SpeechOptions, SpeechRequest, VoiceFeatures
@@ -40,7 +39,6 @@ PROGRESS_FROM = 8
 IN_FLIGHT = 1024
 """Texts handed to the engine at once; it batches as many of them as fit."""
 MULTILINGUAL = (Variant.MULTILINGUAL, Variant.MULTILINGUAL_V3)
-_SHUT_DOWN = "this model was shut down; build a new one"
 
 
 @dataclass(frozen=True)
@@ -62,15 +60,12 @@ class ChatterboxTTS:
     sr = SAMPLE_RATE
 
     def __init__(self, model: str | Path | Checkpoint, **engine: Any) -> None:
-        self._running: set[Future[Any]] = set()
         self._streams: set[AsyncGenerator[Any, None]] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="chatterbox", daemon=True)
-        self._thread.start()
+        self._loop = LoopThread("chatterbox")
         try:
-            self._engine = self._run(AsyncChatterbox.start(model, **engine))
+            self._engine = self._loop.run(AsyncChatterbox.start(model, **engine))
         except BaseException:
-            self._end_loop()
+            self._loop.end()
             raise
         self._default_voice: VoiceFeatures | None = None
         atexit.register(_leave, weakref.ref(self))
@@ -125,7 +120,7 @@ class ChatterboxTTS:
         """
         requests = self._requests(text, audio_prompt_path, language_id, options)
         shown = len(requests) >= PROGRESS_FROM if progress is None else progress
-        spoken = self._run(_in_order(self._engine.speak, requests, shown))
+        spoken = self._loop.run(_in_order(self._engine.speak, requests, shown))
         return _unbatched(text, [_as_tensor(samples) for samples in spoken])
 
     def generate_stream(
@@ -149,7 +144,7 @@ class ChatterboxTTS:
     ) -> Any:
         """T3's half of ``generate``: (n,) int64 speech tokens, without start and stop. Texts are not split."""
         requests = self._requests(text, audio_prompt_path, language_id, options)
-        spoken = self._run(_in_order(self._engine.speech_tokens, requests, False))
+        spoken = self._loop.run(_in_order(self._engine.speech_tokens, requests, False))
         return _unbatched(text, [torch.tensor(tokens, dtype=torch.int64) for tokens in spoken])
 
     def synthesize(self, tokens: Tensor, voice: Any = None, *, seed: int = 0, diffusion_steps: int = 10) -> Tensor:
@@ -167,7 +162,9 @@ class ChatterboxTTS:
             InvalidRequest: an argument is unusable; ``param`` names it.
         """
         ids, features = _checked_tokens(tokens), self._voice(voice, param="voice")
-        return _as_tensor(self._run(self._engine.synthesize(ids, features, seed=seed, diffusion_steps=diffusion_steps)))
+        return _as_tensor(
+            self._loop.run(self._engine.synthesize(ids, features, seed=seed, diffusion_steps=diffusion_steps))
+        )
 
     def prepare_conditionals(self, wav_fpath: Any, exaggeration: float = 0.5) -> None:
         """Makes a recording the voice of every ``generate`` that names none.
@@ -205,14 +202,12 @@ class ChatterboxTTS:
 
     def shutdown(self) -> None:
         """Ends the engine and its processes; what is being spoken raises ``EngineDead``. Safe to call twice."""
-        if self._loop.is_closed():
-            return
-        self._cancel_all()
-        try:
-            self._close_streams()
-            self._run(self._engine.shutdown())
-        finally:
-            self._end_loop()
+        self._loop.end(self._finish())
+
+    async def _finish(self) -> None:
+        for stream in tuple(self._streams):
+            await _closed(stream)
+        await self._engine.shutdown()
 
     def __enter__(self) -> Self:
         return self
@@ -244,14 +239,11 @@ class ChatterboxTTS:
         stream = self._engine.stream(request)
         self._streams.add(stream)
         try:
-            while (samples := self._run(_next(stream))) is not None:
+            while (samples := self._loop.run(_next(stream))) is not None:
                 yield _as_tensor(samples)
         finally:
-            if stream in self._streams and not self._loop.is_closed():
-                self._streams.remove(stream)
-                closing = asyncio.run_coroutine_threadsafe(stream.aclose(), self._loop)
-                if current_thread() is not self._thread:  # where the garbage collector may have called this
-                    closing.result()
+            self._streams.discard(stream)
+            self._loop.run_soon(_closed(stream))  # without waiting: the garbage collector may be the caller
 
     def _voice(self, source: Any, *, param: str = "audio_prompt_path") -> VoiceFeatures:
         if isinstance(source, VoiceFeatures):
@@ -262,37 +254,6 @@ class ChatterboxTTS:
             kinds = "a path, a file's bytes or VoiceFeatures"
             raise InvalidRequest(f"{param} must be {kinds}, not {type(source).__name__}", param=param)
         return self._engine.voices.from_audio(source, param=param)
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop.is_closed():
-            work.close()
-            raise EngineDead(_SHUT_DOWN)
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        self._running.add(future)
-        try:
-            return future.result()
-        except CancelledError:
-            raise EngineDead(_SHUT_DOWN) from None
-        except BaseException:
-            future.cancel()
-            raise
-        finally:
-            self._running.discard(future)
-
-    def _close_streams(self) -> None:
-        while self._streams:
-            self._run(_closed(self._streams.pop()))
-
-    def _end_loop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._cancel_all()
-        self._loop.close()
-
-    def _cancel_all(self) -> None:
-        """Other threads would wait for ever."""
-        for future in tuple(self._running):
-            future.cancel()
 
 
 class ChatterboxMultilingualTTS(ChatterboxTTS):
@@ -402,9 +363,9 @@ async def _closed(stream: AsyncGenerator[Any, None]) -> None:
 
 
 def _leave(model: weakref.ref[ChatterboxTTS]) -> None:
-    """At the program's end, before the modules go that closing a stream needs."""
+    """At the program's end, before the modules go that an orderly end needs."""
     if (alive := model()) is not None:
-        alive._close_streams()
+        alive.shutdown()
 
 
 async def _next(stream: AsyncGenerator[T, None]) -> T | None:

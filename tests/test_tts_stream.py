@@ -83,7 +83,7 @@ def test_the_garbage_collector_may_end_a_stream_in_the_engines_thread(model: Cha
     async def collect() -> None:
         gc.collect()
 
-    model._run(collect())
+    model._loop.run(collect())
     wait_for(lambda: is_idle(model))
 
 

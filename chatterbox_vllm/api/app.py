@@ -142,15 +142,7 @@ async def _engine(settings: Settings) -> AsyncChatterbox:
         logger.info("Using bitsandbytes quantization to reduce VRAM consumption")
     started: AsyncChatterbox = await engine.AsyncChatterbox.start(**engine_arguments(settings))
     logger.info("ready to speak")
-    # The first recording would wait for this, other requests need not.
-    warming = asyncio.create_task(asyncio.to_thread(started.voices.warm_up))
-    warming.add_done_callback(_log_failure)
     return started
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception() is not None:
-        logger.error("enrolment cannot be warmed up", exc_info=task.exception())
 
 
 def engine_arguments(settings: Settings) -> dict[str, Any]:
