@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
-from threading import Lock, Thread
+from threading import Lock, RLock, Thread
 from typing import Any, TypeVar
 
 from chatterbox_vllm.errors import EngineDead
@@ -22,7 +22,7 @@ class LoopThread:
         self._thread = Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._running: set[Future[Any]] = set()
         self._ended = False
-        self._state = Lock()
+        self._state = RLock()  # the garbage collector may end a stream, and so call run_soon, anywhere
         self._ending = Lock()
         self._thread.start()
 

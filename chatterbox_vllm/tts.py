@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant, as_variant
 from chatterbox_vllm.engine import AsyncChatterbox
-from chatterbox_vllm.errors import InvalidRequest
+from chatterbox_vllm.errors import EngineDead, InvalidRequest
 from chatterbox_vllm.loop_thread import LoopThread
 from chatterbox_vllm.text.frontend import check_text
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
@@ -242,8 +242,9 @@ class ChatterboxTTS:
             while (samples := self._loop.run(_next(stream))) is not None:
                 yield _as_tensor(samples)
         finally:
-            self._streams.discard(stream)
-            self._loop.run_soon(_closed(stream))  # without waiting: the garbage collector may be the caller
+            if stream in self._streams:  # not so at the program's end, when there are no functions left to call
+                self._streams.remove(stream)
+                self._loop.run_soon(_closed(stream))  # without waiting: the garbage collector may be the caller
 
     def _voice(self, source: Any, *, param: str = "audio_prompt_path") -> VoiceFeatures:
         if isinstance(source, VoiceFeatures):
@@ -363,9 +364,13 @@ async def _closed(stream: AsyncGenerator[Any, None]) -> None:
 
 
 def _leave(model: weakref.ref[ChatterboxTTS]) -> None:
-    """At the program's end, before the modules go that an orderly end needs."""
-    if (alive := model()) is not None:
-        alive.shutdown()
+    """At the program's end, before the modules go that closing a stream needs. T3's processes end by themselves.
+
+    The whole ``shutdown`` cannot be had here: the interpreter starts no more threads for it.
+    """
+    while (alive := model()) is not None and alive._streams:
+        with suppress(EngineDead):
+            alive._loop.run(_closed(alive._streams.pop()))
 
 
 async def _next(stream: AsyncGenerator[T, None]) -> T | None:

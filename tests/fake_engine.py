@@ -42,7 +42,7 @@ class FakeVoices:
     async def named(self, voice_id: str | None) -> str:
         return self.get(voice_id)
 
-    async def enrolled(self, source: bytes, *, param: str = "audio_prompt_path", max_bytes: int = MAX_BYTES) -> str:
+    async def enrolled(self, source: Any, *, param: str = "audio_prompt_path", max_bytes: int = MAX_BYTES) -> str:
         return f"{len(decode(source, param=param, max_bytes=max_bytes).samples)} samples"
 
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def test_a_stream_left_half_way_is_closed(quick: Callable[..., ChatterboxTTS]) -
 def test_an_interrupt_reaches_the_engine(quick: Callable[..., ChatterboxTTS], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while a text is spoken."""
     with quick(delay=30.0) as model:
-        monkeypatch.setattr(tts.Future, "result", interrupted)
+        monkeypatch.setattr(Future, "result", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.generate("Hello.")
         monkeypatch.undo()
