@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import tomllib
@@ -113,10 +114,12 @@ def test_the_lists_hold_versions_and_no_addresses(path: Path) -> None:
 
 def test_this_environment_is_the_list() -> None:
     """The versions that the tests run on are the pinned ones."""
-    build = "cuda" if "vllm" in {name.metadata["Name"] for name in metadata.distributions()} else "cpu"
+    # Not all of sys.path: setuptools, once imported, puts packages of its own there.
+    found = list(metadata.distributions(path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
+    build = "cuda" if "vllm" in {each.metadata["Name"] for each in found} else "cpu"
     python = f"{sys.version_info[0]}.{sys.version_info[1]}"
     pinned = pins(build, python) | pins("test", python)
-    installed = {each.metadata["Name"].lower().replace("_", "-"): each.version for each in metadata.distributions()}
+    installed = {each.metadata["Name"].lower().replace("_", "-"): each.version for each in found}
     pinned["torch"] = Version(pinned["torch"]).public  # either build of it
     installed["torch"] = Version(installed["torch"]).public
     assert {name: installed.get(name) for name in pinned} == pinned
