@@ -11,11 +11,11 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from chatterbox_vllm.vocoder.worker import VocoderWorker
 from chatterbox_vllm.voices.library import VoiceLibrary
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 SILENCE = "T3 ended before it said anything; try another seed, or another text"
 Samples = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -228,7 +229,7 @@ class AsyncChatterbox:
         """The whole sound: float32 (n,) at 24 kHz."""
         with self._admitted():
             async with self._speaking(request, incremental=False) as parts:
-                spoken = await _together([self._vocode_whole(part) for part in parts])
+                spoken = await together([self._vocode_whole(part) for part in parts])
             samples = torch.cat(spoken).numpy()
             if not len(samples):
                 raise EngineError(SILENCE)
@@ -367,9 +368,9 @@ def _warm_up(watermarker: Watermarker | None, voices: VoiceLibrary) -> None:
     voices.warm_up()
 
 
-async def _together(spoken: list[Coroutine[Any, Any, torch.Tensor]]) -> list[torch.Tensor]:
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results, in order; the first failure cancels the rest."""
-    tasks = [asyncio.create_task(each) for each in spoken]
+    tasks = [asyncio.create_task(each) for each in work]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -388,8 +389,10 @@ def _ids(tokens: list[int]) -> torch.Tensor:
 
 
 def _device(name: str, wanted: str | None) -> str | None:
-    if wanted is None or str(wanted) == "cpu":
-        return wanted and "cpu"
+    if wanted is None:
+        return None
+    if str(wanted) == "cpu":  # a torch.device is as good as its name
+        return "cpu"
     kind, _, index = str(wanted).partition(":")
     count = torch.cuda.device_count()
     if kind != "cuda" or (index and not index.isdecimal()) or int(index or 0) >= count:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant, as_variant
-from chatterbox_vllm.engine import AsyncChatterbox
+from chatterbox_vllm.engine import AsyncChatterbox, together
 from chatterbox_vllm.errors import EngineDead, InvalidRequest
 from chatterbox_vllm.loop_thread import LoopThread
 from chatterbox_vllm.text.frontend import check_text
@@ -349,13 +349,7 @@ async def _in_order(
             bar.update()
             return spoken
 
-        tasks = [asyncio.create_task(one(request)) for request in requests]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        return await together(one(request) for request in requests)
 
 
 async def _closed(stream: AsyncGenerator[Any, None]) -> None:

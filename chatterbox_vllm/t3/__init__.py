@@ -2,7 +2,7 @@
 
 One vLLM request is one utterance. What a forward pass must know of a request (its guidance weight and learned
 positions) travels in the M-RoPE positions (``positions``); its voice travels as one multimodal item (``processor``);
-guidance runs as doubled attention heads (``backbone``). Nothing here is imported until an engine is built.
+guidance runs as doubled attention heads (``backbone``). Importing this package imports none of it.
 """
 
 from __future__ import annotations
