@@ -22,7 +22,7 @@ import openai
 import pytest
 
 from chatterbox_vllm import cli
-from chatterbox_vllm.api import app
+from chatterbox_vllm.api import app, body
 from chatterbox_vllm.errors import CheckpointError
 from chatterbox_vllm.settings import Settings
 from tests.fake_engine import PIECE, FakeChatterbox, Running, running, wait_for
@@ -161,6 +161,17 @@ def test_a_reader_that_stalls_is_cut() -> None:
         wait_for(lambda: engine.aborted == 1, seconds=10)
         wait_for(lambda: server.services.admission.active == 0)
         assert not everything(connection).endswith(b"0\r\n\r\n")
+
+
+def test_a_body_that_does_not_arrive_frees_its_place(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "MOST_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", slow.port), timeout=10) as connection:
+        connection.sendall(f"POST /v1/audio/speech HTTP/1.1\r\n{HEADERS}Content-Length: 100\r\n\r\n{{".encode())
+        wait_for(lambda: slow.services.admission.active == 1)
+        answer = connection.recv(65536)
+    assert b" 408 " in answer.partition(b"\r\n")[0]
+    assert b"request_timeout" in answer
+    wait_for(lambda: slow.services.admission.active == 0)
 
 
 def test_requests_over_the_limit_are_refused_until_one_is_done() -> None:

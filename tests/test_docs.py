@@ -252,6 +252,9 @@ class Speaker(FakeChatterbox):
         assert Path(source).exists()
         return self.get()
 
+    async def enrolled(self, source: Any) -> VoiceFeatures:
+        return self.from_audio(source)
+
     async def speech_tokens(self, request: SpeechRequest) -> list[int]:
         self.requests.append(request)
         return [1, 2, 3]

@@ -56,6 +56,7 @@ _PLAIN: Mapping[int, tuple[str, str]] = {
     401: ("authentication_error", "invalid_api_key"),
     404: ("invalid_request_error", "unknown_url"),
     405: ("invalid_request_error", "method_not_allowed"),
+    408: ("invalid_request_error", "request_timeout"),
     415: ("invalid_request_error", "unsupported_media_type"),
 }
 
