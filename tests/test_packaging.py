@@ -36,8 +36,8 @@ DISTRIBUTIONS = {
     "pkg_resources": "setuptools",
     "spacy_pkuseg": "spacy-pkuseg",
 }
-# Never declared: upstream's wheels, and a stresser that no package index has.
-UNDECLARED = {"chatterbox", "s3tokenizer", "russian_text_stresser"}
+# Never declared: upstream's wheels, a stresser that no package index has, and what torch brings with CUDA.
+UNDECLARED = {"chatterbox", "s3tokenizer", "russian_text_stresser", "triton"}
 # uv pip check, on an environment of ours, may say this and no more.
 KNOWN_PINS = {
     "chatterbox-tts": {

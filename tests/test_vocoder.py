@@ -78,7 +78,7 @@ def test_phases_are_upstreams_after_forty_seconds():
     draws = noise.normals(next(keys), torch.zeros(1, dtype=torch.int64), 2000 * 480, 9)
     with torch.inference_mode(), our_noise(3):
         expected = upstreams(pitch.repeat_interleave(480, dim=1)[..., None])[0].squeeze(-1)
-    own = vocoder().hift.m_source
+    own = vocoder().networks.mel2wav.m_source
     cycles = source.cycles_at_frames(pitch, 9, zeros.double(), torch.zeros(1, dtype=torch.int64))
     with torch.inference_mode():
         actual = own(pitch, cycles[..., :-1], offsets, draws)

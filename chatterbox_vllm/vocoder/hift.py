@@ -2,9 +2,9 @@
 
 Mirrors ``chatterbox.models.s3gen.hifigan.HiFTGenerator``. Its convolutions see both ways, so in a batch every layer's
 padding is cleared and the source is mirrored at the end of each row; the two Fourier transforms, 16 samples long, are
-convolutions, in float64: those of float32 are rounded to TF32 by cuDNN, which upstream's cuFFT never does. Noise, phase
-offsets and the phases reached so far are arguments, so any stretch of an utterance gives the samples it has in the
-whole, except within ``REACH`` frames of where it was cut.
+convolutions, in float64: those of float32 are rounded to TF32 by cuDNN, which upstream's cuFFT never does. The noise's
+keys, phase offsets and the phases reached so far are arguments, so any stretch of an utterance gives the samples it has
+in the whole, except within ``REACH`` frames of where it was cut.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chatterbox_vllm.vocoder import noise, teams
 from chatterbox_vllm.vocoder.edges import Edges
 from chatterbox_vllm.vocoder.source import FRAME_SAMPLES, PITCH_REACH, PitchPredictor, Source, cycles_at_frames
 
@@ -28,12 +29,12 @@ REACH: Final = DECODER_REACH + PITCH_REACH
 """The same, given the mel alone."""
 UPSAMPLING: Final = (8, 5, 3)
 _DILATIONS: Final = (1, 3, 5)
-_FFT: Final = 16
-_HOP: Final = 4
-_BINS: Final = _FFT // 2 + 1
-_SPECTRA: Final = FRAME_SAMPLES // _HOP
+FFT: Final = 16
+HOP: Final = 4
+BINS: Final = FFT // 2 + 1
+SPECTRA: Final = FRAME_SAMPLES // HOP
 """Spectra per frame."""
-_LOUDEST: Final = 0.99
+LOUDEST: Final = 0.99
 
 Clear = Callable[[Tensor], Tensor]
 
@@ -55,19 +56,23 @@ class Stretch:
 
     Args:
         mel: (B, F, 80) float32 log-mel.
-        edges: how many of the F frames each row has.
+        frames: how many of the F frames each row has.
+        edges: the same, for the device.
         anchor: (B,) int64, the frame of the row for which ``cycles`` is known.
         cycles: (B, waves) float64, cycles gone through before that frame.
         offsets: (B, waves) float32 radians.
-        noise: (B, waves, 480 F) float32, standard normal.
+        keys: (B,) int64, whose noise, see ``noise.key``.
+        first: (B,) int64, the position in it of each row's first sample.
     """
 
     mel: Tensor
+    frames: list[int]
     edges: Edges
     anchor: Tensor
     cycles: Tensor
     offsets: Tensor
-    noise: Tensor
+    keys: Tensor
+    first: Tensor
 
 
 class Hift(nn.Module):
@@ -83,7 +88,7 @@ class Hift(nn.Module):
         self.source_downs = nn.ModuleList(map(_downsampling, widths[1:], (15, 3, 1)))
         self.source_resblocks = nn.ModuleList(map(ResBlock, widths[1:], sizes.source_kernels))
         self.resblocks = nn.ModuleList(ResBlock(width, kernel) for width in widths[1:] for kernel in sizes.kernels)
-        self.conv_post = nn.Conv1d(widths[-1], 2 * _BINS, 7, padding=3)
+        self.conv_post = nn.Conv1d(widths[-1], 2 * BINS, 7, padding=3)
 
     def forward(self, stretch: Stretch) -> tuple[Tensor, Tensor]:
         """Mirrors ``HiFTGenerator.inference``.
@@ -95,7 +100,8 @@ class Hift(nn.Module):
         mel = edges.clear(mel)
         pitch = self.f0_predictor(mel, edges)
         cycles = cycles_at_frames(pitch, self.m_source.waves, stretch.cycles, stretch.anchor)
-        source = self.m_source(pitch, cycles[..., :-1], stretch.offsets, stretch.noise)
+        normals = noise.normals(stretch.keys, stretch.first, FRAME_SAMPLES * pitch.shape[1], self.m_source.waves)
+        source = self.m_source(pitch, cycles[..., :-1], stretch.offsets, normals)
         return self.decode(mel, source, edges), cycles
 
     def decode(self, mel: Tensor, source: Tensor, edges: Edges) -> Tensor:
@@ -103,7 +109,7 @@ class Hift(nn.Module):
         spectra = _spectra(source, edges)
         x, rate = edges.clear(self.conv_pre(mel)), 1
         for stage, factor in enumerate(UPSAMPLING):
-            rate, extra = rate * factor, int(rate * factor == _SPECTRA)
+            rate, extra = rate * factor, int(rate * factor == SPECTRA)
             x = edges.clear(self.ups[stage](F.leaky_relu(x, 0.1)), rate)
             x = F.pad(x, (extra, 0), mode="reflect")  # in the last stage, one spectrum more than hops
             x = self._fuse(x, spectra, stage, partial(edges.clear, rate=rate, extra=extra))
@@ -114,7 +120,9 @@ class Hift(nn.Module):
         x = x + self.source_resblocks[stage](clear(self.source_downs[stage](spectra)), clear)
         kernels = len(self.resblocks) // len(UPSAMPLING)
         blocks = self.resblocks[stage * kernels : (stage + 1) * kernels]
-        return sum(block(x, clear) for block in blocks) / kernels
+        # The longest kernel first: it is as much work as the two others, which the other team does meanwhile.
+        works = [partial(block, x, clear) for block in reversed(blocks)]
+        return sum(reversed(teams.together(works, x.device))) / kernels
 
 
 def _upsampling(inputs: int, outputs: int, kernel: int, factor: int) -> nn.ConvTranspose1d:
@@ -123,7 +131,7 @@ def _upsampling(inputs: int, outputs: int, kernel: int, factor: int) -> nn.ConvT
 
 def _downsampling(width: int, factor: int) -> nn.Conv1d:
     kernel = 1 if factor == 1 else 2 * factor
-    return nn.Conv1d(2 * _BINS, width, kernel, factor, padding=factor // 2)
+    return nn.Conv1d(2 * BINS, width, kernel, factor, padding=factor // 2)
 
 
 class ResBlock(nn.Module):
@@ -162,47 +170,47 @@ class Snake(nn.Module):
 
 def _spectra(source: Tensor, edges: Edges) -> Tensor:
     """Mirrors ``HiFTGenerator._stft``: (B, 480 F) to (B, 18, 120 F + 1), real parts, then imaginary parts."""
-    framed = edges.reflected(source, FRAME_SAMPLES, _FFT // 2)[:, None].double()
-    return edges.clear(F.conv1d(framed, _analysis(source.device), stride=_HOP).float(), _SPECTRA, 1)
+    framed = edges.reflected(source, FRAME_SAMPLES, FFT // 2)[:, None].double()
+    return edges.clear(F.conv1d(framed, analysis(source.device), stride=HOP).float(), SPECTRA, 1)
 
 
 def _samples(x: Tensor, edges: Edges) -> Tensor:
     """Mirrors ``HiFTGenerator._istft``: (B, 18, 120 F + 1) log-magnitudes, then phases, to (B, 480 F)."""
-    log_magnitude, phase = x.split(_BINS, dim=1)
+    log_magnitude, phase = x.split(BINS, dim=1)
     magnitude = log_magnitude.exp().clamp(max=1e2)
     angle = torch.sin(phase)
     spectra = torch.cat([magnitude * angle.cos(), magnitude * angle.sin()], dim=1)
-    within = edges.mask(x.shape[-1], _SPECTRA, 1).double()
-    wave = F.conv_transpose1d(spectra * within, _synthesis(x.device), stride=_HOP)
+    within = edges.mask(x.shape[-1], SPECTRA, 1).double()
+    wave = F.conv_transpose1d(spectra * within, synthesis(x.device), stride=HOP)
     # Windows that overlap add up to 1.5, but not at the edges.
-    weight = F.conv_transpose1d(within, _window(x.device).square()[None, None], stride=_HOP)
+    weight = F.conv_transpose1d(within, window(x.device).square()[None, None], stride=HOP)
     wave = (wave / weight.clamp(min=1e-8)).float()
-    return wave[:, 0, _FFT // 2 : -_FFT // 2].clamp(-_LOUDEST, _LOUDEST)
+    return wave[:, 0, FFT // 2 : -FFT // 2].clamp(-LOUDEST, LOUDEST)
 
 
 @cache
-def _window(device: torch.device) -> Tensor:
+def window(device: torch.device) -> Tensor:
     """(16,) float64 of upstream's float32 values."""
-    return torch.hann_window(_FFT, dtype=torch.float64).float().double().to(device)
+    return torch.hann_window(FFT, dtype=torch.float64).float().double().to(device)
 
 
 @cache
-def _analysis(device: torch.device) -> Tensor:
+def analysis(device: torch.device) -> Tensor:
     """(18, 1, 16) kernels: a windowed real Fourier transform."""
     angles = _angles()
-    return (torch.cat([angles.cos(), -angles.sin()]) * _window(torch.device("cpu")))[:, None].to(device)
+    return (torch.cat([angles.cos(), -angles.sin()]) * window(torch.device("cpu")))[:, None].to(device)
 
 
 @cache
-def _synthesis(device: torch.device) -> Tensor:
+def synthesis(device: torch.device) -> Tensor:
     """(18, 1, 16) kernels: its inverse, windowed. The imaginary parts of the first and last bin count for nothing."""
     angles = _angles()
-    share = torch.full((_BINS, 1), 2.0 / _FFT, dtype=torch.float64)
-    share[0] = share[-1] = 1.0 / _FFT
+    share = torch.full((BINS, 1), 2.0 / FFT, dtype=torch.float64)
+    share[0] = share[-1] = 1.0 / FFT
     waves = torch.cat([share * angles.cos(), -share * angles.sin()])
-    return (waves * _window(torch.device("cpu")))[:, None].to(device)
+    return (waves * window(torch.device("cpu")))[:, None].to(device)
 
 
 def _angles() -> Tensor:
-    turns = torch.arange(_BINS, dtype=torch.float64)[:, None] * torch.arange(_FFT, dtype=torch.float64)
-    return turns * (2 * math.pi / _FFT)
+    turns = torch.arange(BINS, dtype=torch.float64)[:, None] * torch.arange(FFT, dtype=torch.float64)
+    return turns * (2 * math.pi / FFT)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,45 +18,42 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from chatterbox_vllm.types import SAMPLE_RATE, SpeechOptions, VoiceFeatures
+from chatterbox_vllm.types import SAMPLE_RATE, SPOKEN_TOKENS, VoiceFeatures
 from chatterbox_vllm.vocoder import noise
-from chatterbox_vllm.vocoder.batching import is_ragged, packed, padded, row_mask
+from chatterbox_vllm.vocoder.backend import Backend, TorchBackend
+from chatterbox_vllm.vocoder.batching import is_ragged, packed, padded
 from chatterbox_vllm.vocoder.edges import Edges
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.noise import Stream
-from chatterbox_vllm.vocoder.prompts import MELS, Prompts, check_voice
+from chatterbox_vllm.vocoder.prompts import MELS, X_VECTOR, Prompts
 from chatterbox_vllm.vocoder.source import FRAME_SAMPLES
-from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
+from chatterbox_vllm.vocoder.transfer import to_device, to_host
+from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, open_utterance, plan
 from chatterbox_vllm.vocoder.weights import Networks, load
 
-MAX_FRAMES: Final = 16_384
-"""The most mel frames in one batch on a GPU; about 8 GB of activations at the real sizes."""
+MAX_FRAMES: Final = 8_192
+"""The most mel frames in one batch on a GPU; about 4 GB of activations at the real sizes. An H200 speaks no faster with
+more at once, and who comes next would wait longer."""
 FEWEST_FRAMES: Final = 2_048
 """What a GPU without memory to spare is asked for all the same; a batch that does not fit is split."""
 FRAME_BYTES: Final = 2**19
 """Of activations for one mel frame, at the real sizes."""
+Arrive = Callable[[], list[Said]]
+"""Waits for the device, and gives what a batch says."""
+_WARM_TOKENS: Final = 250
+"""Of a recording, as long as one gets."""
 _log: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
-class _Said:
-    """What a step gives: the samples it releases, on the CPU, and what ``Step.settle`` takes."""
-
-    samples: Tensor
-    mel: Tensor
-    cycles: Tensor
-
-
 class Vocoder:
-    """S3Gen without its enrolment parts.
-
-    ``open`` may be called from any thread; ``advance`` and ``synthesize`` belong to one thread at a time.
+    """S3Gen without its enrolment parts. It keeps nothing of an utterance. It belongs to one thread at a time.
 
     Args:
         networks: see ``weights.load``; they move to ``device``.
         device: where they run. It must know float64, in which phases are summed.
-        dtype: of the estimator; everything else stays float32.
+        dtype: of the flow's products. float32 gives what upstream gives. Half precision is for CUDA cards, where it
+            brings the fast networks of ``cuda``; elsewhere it is the estimator's alone.
         max_frames: the most mel frames, recordings and padding included, that run at once; bounds the memory. A single
             utterance always runs. None is what half of a GPU's free memory holds, ``MAX_FRAMES`` at most; but on a CPU,
             where a batch is hardly faster, each utterance alone: matrix kernels round differently for different shapes,
@@ -74,12 +71,12 @@ class Vocoder:
         max_frames: int | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.flow = networks.flow.to(self.device)
-        self.flow.decoder.to(dtype)
-        self.hift = networks.mel2wav.to(self.device)
+        self.networks = networks.to(self.device)
+        self._waves = networks.mel2wav.m_source.waves
         self._fade = fade_in().to(self.device)
-        self._prompts = Prompts(self.flow, self.device)
+        self._prompts = Prompts(networks.flow, self.device)
         self.max_frames = max_frames or frames_at_once(self.device)  # now that the weights have their memory
+        self.backend = _backend(networks, dtype, self.max_frames)
 
     @classmethod
     def from_checkpoint(
@@ -97,15 +94,24 @@ class Vocoder:
         """
         return cls(load(path), device=device, dtype=dtype, max_frames=max_frames)
 
-    def open(self, voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10) -> Utterance:
-        """Starts an utterance. It holds nothing that would need closing.
+    def warm_up(self) -> None:
+        """Has kernels compiled, graphs captured and libraries loaded, so that no request waits for it."""
+        self.backend.warm_up(self.max_frames)
+        generator = torch.Generator().manual_seed(0)
+        voice = VoiceFeatures(
+            speaker_embedding=torch.empty(0),
+            t3_prompt_tokens=torch.empty(0, dtype=torch.int64),
+            prompt_tokens=torch.randint(0, SPOKEN_TOKENS, (_WARM_TOKENS,), generator=generator),
+            prompt_mel=torch.randn(FRAMES_PER_TOKEN * _WARM_TOKENS, MELS, generator=generator),
+            x_vector=torch.randn(X_VECTOR, generator=generator),
+        )
+        tokens = voice.prompt_tokens[:25]
+        for count, final in ((1, False), (1, True), (4, False)):
+            self.advance([Chunk(self.open(voice, seed=seed), tokens, final=final) for seed in range(count)])
 
-        Raises:
-            InvalidRequest: ``voice`` does not fit, or ``diffusion_steps`` is out of range; ``param`` says which.
-        """
-        check_voice(voice)
-        SpeechOptions(seed=seed, diffusion_steps=diffusion_steps)  # knows their ranges
-        return Utterance(voice, seed, diffusion_steps)
+    def open(self, voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10) -> Utterance:
+        """As ``open_utterance``, for those who have a vocoder at hand."""
+        return open_utterance(voice, seed=seed, diffusion_steps=diffusion_steps)
 
     def synthesize(self, tokens: Tensor, voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10) -> Tensor:
         """A whole utterance: (n,) int64 tokens to (960 n,) float32 samples on the CPU.
@@ -132,31 +138,41 @@ class Vocoder:
         if len({chunk.utterance for chunk in chunks}) < len(chunks):
             raise ValueError("a batch holds two chunks of one utterance")
         steps = [plan(chunk) for chunk in chunks]
-        said: dict[Step, _Said] = {}
-        with torch.inference_mode():
-            for batch in self._batches(steps):
-                said.update(zip(batch, self._speak_within_memory(batch), strict=True))
-            for step, each in said.items():
-                step.settle(each.mel, each.cycles)
+        active = [step for step in steps if not step.is_idle]
+        said = dict(zip(active, self.speak(active), strict=True))
         for step in steps:
-            step.take()
-        # Copied, so that each owns its memory and may be changed outside of inference mode.
-        return [said[step].samples.clone() if step in said else torch.empty(0) for step in steps]
+            if step in said:
+                step.settle(said[step])
+            else:
+                step.take()
+        return [said[step].samples if step in said else torch.empty(0) for step in steps]
 
-    def _batches(self, steps: list[Step]) -> list[list[Step]]:
+    def speak(self, steps: Sequence[Step]) -> list[Said]:
+        """What ``steps``, none of them idle, say; they do not change.
+
+        Raises:
+            torch.OutOfMemoryError: as ``advance``.
+        """
+        said: dict[Step, Said] = {}
+        with torch.inference_mode():
+            # Each batch is launched while the one before it runs.
+            launched = [part for batch in self._batches(steps) for part in self._launch_within_memory(batch)]
+            for batch, arrive in launched:
+                said.update(zip(batch, arrive(), strict=True))
+        return [_owned(said[step]) for step in steps]
+
+    def _batches(self, steps: Sequence[Step]) -> list[list[Step]]:
         """Steps that can run together: as many diffusion steps, and no more frames than fit."""
         alike: defaultdict[int, list[Step]] = defaultdict(list)
         for step in steps:
-            if not step.is_idle:
-                alike[step.utterance.diffusion_steps].append(step)
-        return [batch for group in alike.values() for batch in packed(group, self._flow_frames, self.max_frames)]
+            alike[step.utterance.diffusion_steps].append(step)
+        return [
+            batch for group in alike.values() for batch in packed(group, lambda step: step.flow_frames, self.max_frames)
+        ]
 
-    def _flow_frames(self, step: Step) -> int:
-        return len(self._prompts[step.utterance.voice].mel) + FRAMES_PER_TOKEN * len(step.tokens)
-
-    def _speak_within_memory(self, batch: list[Step]) -> list[_Said]:
+    def _launch_within_memory(self, batch: list[Step]) -> list[tuple[list[Step], Arrive]]:
         try:
-            return self._speak(batch)
+            return [(batch, self._launch(batch))]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -165,14 +181,16 @@ class Vocoder:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         half = len(batch) // 2
-        return self._speak_within_memory(batch[:half]) + self._speak_within_memory(batch[half:])
+        return self._launch_within_memory(batch[:half]) + self._launch_within_memory(batch[half:])
 
-    def _speak(self, batch: list[Step]) -> list[_Said]:
-        mels = [step.joined(mel) for step, mel in zip(batch, self._flow(batch), strict=True)]
-        samples, cycles = self.hift(self._stretch(batch, mels))
-        news = [self._released(step, row) for step, row in zip(batch, samples, strict=True)]
-        sounds = torch.cat(news).cpu().split([len(new) for new in news])
-        return [_Said(*each) for each in zip(sounds, mels, cycles, strict=True)]
+    def _launch(self, batch: list[Step]) -> Arrive:
+        mels = self._continued(batch, self._flow(batch))
+        samples, cycles = self.backend.hift(self._stretch(batch, mels))
+        return _fetching(
+            torch.stack([self._carried(step, row) for step, row in zip(batch, cycles, strict=True)]),
+            [self._committed(step, mel) for step, mel in zip(batch, mels, strict=True)],
+            [self._released(step, row) for step, row in zip(batch, samples, strict=True)],
+        )
 
     def _flow(self, batch: list[Step]) -> list[Tensor]:
         """(frames, 80) mel for each step, from everything said so far."""
@@ -180,35 +198,51 @@ class Vocoder:
         tokens = [torch.cat([prompt.tokens, step.tokens]) for prompt, step in zip(prompts, batch, strict=True)]
         starts = [len(prompt.mel) for prompt in prompts]
         ends = [start + step.frames for start, step in zip(starts, batch, strict=True)]
-        mu = self.flow.mu(padded(tokens).to(self.device), row_mask([len(row) for row in tokens], self.device))
+        mu = self.backend.mu(tokens)
         cond = torch.zeros(len(batch), max(ends), MELS, device=self.device)
         for row, prompt in zip(cond, prompts, strict=True):
             row[: len(prompt.mel)] = prompt.mel
-        mel = self.flow.solve(
-            self._normals(batch, Stream.MEL, [0] * len(batch), max(ends), MELS).transpose(1, 2),
+        mel = self.backend.solve(
+            self.backend.normals(self._keys(batch, Stream.MEL), self._integers([0] * len(batch)), max(ends), MELS),
             mu[:, : max(ends)],
             torch.stack([prompt.speaker for prompt in prompts]),
             cond,
-            row_mask(ends, self.device),
+            ends,
             batch[0].utterance.diffusion_steps,
         )
-        return [row[start:end] for row, start, end in zip(mel, starts, ends, strict=True)]
+        return [row[start:] for row, start in zip(mel, starts, strict=True)]
+
+    def _continued(self, batch: list[Step], mels: list[Tensor]) -> list[Tensor]:
+        """(frames - left, 80) for each step: what is committed, then what the flow has made of the frames after it."""
+        contexts = to_device(torch.cat([step.context for step in batch]), self.device)
+        rows = zip(batch, contexts.split([len(step.context) for step in batch]), mels, strict=True)
+        return [torch.cat([context, mel[step.known :]]) for step, context, mel in rows]
 
     def _stretch(self, batch: list[Step], mels: list[Tensor]) -> Stretch:
-        """What HiFT needs to go on from where each utterance is."""
+        """What HiFT needs to go on from where each utterance is; ``mels`` begin there."""
         utterances = [step.utterance for step in batch]
-        rows = [mel[utterance.left :] for mel, utterance in zip(mels, utterances, strict=True)]
-        lengths, waves = [len(row) for row in rows], self.hift.m_source.waves
+        lengths, waves = [len(mel) for mel in mels], self._waves
         firsts = [FRAME_SAMPLES * utterance.left for utterance in utterances]
-        turned = torch.zeros(waves, dtype=torch.float64, device=self.device)
+        turned = torch.zeros(waves, dtype=torch.float64)
+        cycles = torch.stack([turned if each.cycles is None else each.cycles for each in utterances])
         return Stretch(
-            mel=padded(rows),
+            mel=padded(mels),
+            frames=lengths,
             edges=Edges(self._integers(lengths), ragged=is_ragged(lengths)),
             anchor=self._integers([utterance.cycles_frame - utterance.left for utterance in utterances]),
-            cycles=torch.stack([turned if each.cycles is None else each.cycles for each in utterances]),
+            cycles=to_device(cycles, self.device),
             offsets=noise.phases(self._keys(batch, Stream.PHASE), waves - 1),
-            noise=self._normals(batch, Stream.SOURCE, firsts, FRAME_SAMPLES * max(lengths), waves),
+            keys=self._keys(batch, Stream.SOURCE),
+            first=self._integers(firsts),
         )
+
+    def _carried(self, step: Step, cycles: Tensor) -> Tensor:
+        """(waves,): of a row of HiFT's cycles, those from which the utterance's next step goes on."""
+        return cycles[:, step.cycles_frame - step.utterance.left]
+
+    def _committed(self, step: Step, mel: Tensor) -> Tensor:
+        """(m, 80): of a mel that begins where HiFT's row does, the frames that are final now and were not before."""
+        return mel[step.known - step.utterance.left : step.committed - step.utterance.left]
 
     def _released(self, step: Step, samples: Tensor) -> Tensor:
         """What is new in a row of HiFT's samples; the utterance's start is faded in."""
@@ -221,11 +255,80 @@ class Vocoder:
     def _keys(self, batch: list[Step], stream: Stream) -> Tensor:
         return self._integers([noise.key(step.utterance.seed, stream) for step in batch])
 
-    def _normals(self, batch: list[Step], stream: Stream, firsts: list[int], count: int, channels: int) -> Tensor:
-        return noise.normals(self._keys(batch, stream), self._integers(firsts), count, channels)
-
     def _integers(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
+        return to_device(torch.tensor(values, dtype=torch.int64), self.device)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How to get a vocoder: in two parts, because the first one needs none of the device's memory. It can be pickled.
+
+    Args:
+        path: s3gen.safetensors or s3gen.pt.
+        device: see ``Vocoder``.
+        dtype: see ``Vocoder``; None is the device's best (``best_dtype``).
+    """
+
+    path: Path
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+
+    def read(self) -> Networks:
+        """The networks, in this process's memory.
+
+        Raises:
+            CheckpointError: a key is missing, unknown or misshapen.
+        """
+        return load(self.path)
+
+    def build(self, networks: Networks) -> Vocoder:
+        """The vocoder on its device, which becomes this thread's; ready to speak at full speed."""
+        device = torch.device(self.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)
+        vocoder = Vocoder(networks, device=device, dtype=self.dtype or best_dtype(device))
+        if device.type == "cuda":
+            vocoder.warm_up()
+        return vocoder
+
+
+def _backend(networks: Networks, dtype: torch.dtype, frames: int) -> Backend:
+    device = networks.flow.encoder_proj.weight.device
+    if device.type == "cuda" and dtype != torch.float32:
+        from chatterbox_vllm.vocoder.cuda.backend import CudaBackend  # Triton is not installed without CUDA
+
+        if CudaBackend.fits(networks):
+            return CudaBackend(networks, dtype=dtype, frames=frames)
+        _log.warning("the networks' sizes do not suit the fast kernels; using the plain ones")
+    networks.flow.decoder.to(dtype)
+    return TorchBackend(networks)
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """What the estimator runs in, if nobody chooses: float32 on a CPU, on a GPU the half precision that it has."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def _fetching(cycles: Tensor, mels: list[Tensor], samples: list[Tensor]) -> Arrive:
+    """Sends (B, waves) float64 and B rows each of mel and samples to the CPU, in one copy."""
+    numbers = cycles.view(torch.float32).flatten()  # first, because a float64 must lie at a multiple of its size
+    parts = [numbers, *(mel.flatten() for mel in mels), *samples]
+    arrive, lengths = to_host(torch.cat(parts)), [len(part) for part in parts]
+
+    def arrived() -> list[Said]:
+        numbers, *rows = arrive().split(lengths)
+        turned = numbers.view(torch.float64).view(len(mels), -1)
+        frames = [row.view(-1, MELS) for row in rows[: len(mels)]]
+        return [Said(*each) for each in zip(rows[len(mels) :], frames, turned, strict=True)]
+
+    return arrived
+
+
+def _owned(said: Said) -> Said:
+    """A copy whose tensors own their memory and may be changed outside of inference mode."""
+    return Said(said.samples.clone(), said.mel.clone(), said.cycles.clone())
 
 
 def frames_at_once(device: torch.device) -> int:

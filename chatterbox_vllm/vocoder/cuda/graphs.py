@@ -1,0 +1,218 @@
+"""The flow's Euler steps on a CUDA card, a whole batch in one CUDA graph.
+
+Launched one by one, ten thousand small kernels would wait for Python. A graph is captured for a number of frames and
+serves every batch of at most so many: rows past those in use cost next to nothing (see ``kernels``), so that sizes may
+double from one graph to the next, and rows of different lengths need no padding. Graphs never overlap, so all compute
+in the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chatterbox_vllm.vocoder.cuda.estimator import PackedEstimator, Room, Rows
+from chatterbox_vllm.vocoder.cuda.tiling import Tiling
+from chatterbox_vllm.vocoder.flow import GUIDANCE, schedule
+from chatterbox_vllm.vocoder.transfer import to_device
+
+SMALLEST: Final = 1024
+"""Frames of the smallest graph; a recording of 10 s alone has 500."""
+LONGEST: Final = 2560
+"""Frames of the longest utterance: 10 s of recording and 40 s of speech, rounded up."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Size:
+    """Batches of up to ``frames`` frames.
+
+    Args:
+        integers: the tables of ``rows``, one after the other, so that one copy brings them.
+    """
+
+    frames: int
+    integers: Tensor
+    rows: Rows
+    tiling: Tiling
+
+    @property
+    def utterances(self) -> int:
+        """The most in one batch: there are attention tiles for so many that begin a sequence."""
+        return _utterances(self.frames)
+
+
+class GraphSolver:
+    """Does what ``Flow.solve`` does, in half precision.
+
+    Belongs to one thread at a time, and to the CUDA stream that is current when it is made.
+
+    Args:
+        estimator: computes one step.
+        frames: the most that will be asked for at once. More is possible, and then takes memory and captures anew.
+    """
+
+    def __init__(self, estimator: PackedEstimator, *, frames: int) -> None:
+        self._estimator = estimator
+        self._device = estimator.device
+        self._shared_memory = int(torch.cuda.get_device_properties(self._device).shared_memory_per_block_optin)
+        self._each: dict[int, list[tuple[Tensor, float]]] = {}
+        self._make_room(_size_for(max(frames, LONGEST), 1))
+
+    def warm_up(self, frames: int, *, steps: int) -> None:
+        """Compiles the kernels and captures the graphs of up to ``frames`` frames, so that no request waits for it."""
+        largest = min(_size_for(frames, 1), self._frames)
+        sizes = [frames for frames in (SMALLEST << double for double in range(16)) if frames <= largest]
+        for frames in sizes:
+            self._sizes.setdefault(frames, self._size(frames))
+        with ThreadPoolExecutor(len(sizes)) as pool:  # compilers run beside each other
+            list(pool.map(self._compile, [self._sizes[frames] for frames in sizes], [steps] * len(sizes)))
+        for frames in sizes:
+            self._graph(frames, steps)
+
+    def solve(
+        self, noise: Tensor, mu: Tensor, speaker: Tensor, cond: Tensor, lengths: Sequence[int], steps: int
+    ) -> list[Tensor]:
+        """Guided Euler steps from noise to mel: ``Flow.solve`` without padding.
+
+        Args:
+            noise, mu, cond: (B, T, 80) float32; cond is the prompt's mel, then zeros.
+            speaker: (B, 80) float32.
+            lengths: frames of each row.
+            steps: Euler steps.
+
+        Returns:
+            For each row (frames, 80) float32.
+
+        Raises:
+            torch.OutOfMemoryError: there is no room for so many frames.
+        """
+        total = sum(lengths)
+        frames = _size_for(total, len(lengths))
+        if frames > self._frames:
+            self._make_room(frames)
+        graph, size = self._graph(frames, steps), self._sizes[frames]
+        tables, order = _tables(lengths, noise.shape[1], size)
+        size.integers.copy_(to_device(tables, self._device))
+        # Everything side by side, as the estimator wants it; of that, the frames that exist, in their order.
+        speakers = speaker[:, None].expand(-1, noise.shape[1], -1)
+        given = torch.cat([noise, mu, speakers, cond], dim=-1).flatten(0, 1)[to_device(order, self._device)]
+        mels = self._estimator.mels
+        size.rows.mel[:total] = given[:, :mels]
+        guided, free = size.rows.pairs[:total].long().unbind(1)
+        size.rows.inputs.index_copy_(0, guided, given.to(size.rows.inputs.dtype))
+        given[:, mels:] = 0.0
+        size.rows.inputs.index_copy_(0, free, given.to(size.rows.inputs.dtype))
+        graph.replay()
+        return list(size.rows.mel[:total].clone().split(list(lengths)))
+
+    def _make_room(self, frames: int) -> None:
+        """Takes memory for batches of so many frames. Graphs know addresses, so they go."""
+        estimator = self._estimator
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._sizes: dict[int, _Size] = {}
+        self._room: Room | None = None  # freed before the next one is made
+        self._room = estimator.room(2 * frames)
+        self._inputs = torch.zeros(2 * frames, estimator.inputs, dtype=estimator.dtype, device=self._device)
+        self._mel = torch.zeros(frames, estimator.mels, device=self._device)
+        self._frames = frames
+
+    def _graph(self, frames: int, steps: int) -> torch.cuda.CUDAGraph:
+        if frames not in self._sizes:
+            self._sizes[frames] = self._size(frames)
+        if (frames, steps) not in self._graphs:
+            self._graphs[frames, steps] = self._captured(self._sizes[frames], steps)
+        return self._graphs[frames, steps]
+
+    def _size(self, frames: int) -> _Size:
+        rows = 2 * frames
+        tiling = Tiling.of(rows, width=self._estimator.width, shared_memory=self._shared_memory)
+        tiles = rows // tiling.attention.rows + 2 * _utterances(frames)
+        integers = torch.zeros(4 + 3 * tiles + rows + rows, dtype=torch.int32, device=self._device)
+        used, in_use, _, tile, pair, place = integers.split([1, 1, 2, 3 * tiles, rows, rows])
+        return _Size(
+            frames,
+            integers,
+            Rows(
+                place=place,
+                used=used,
+                tiles=tile.view(-1, 3),
+                pairs=pair.view(-1, 2),
+                frames=in_use,
+                inputs=self._inputs[:rows],
+                mel=self._mel[:frames],
+            ),
+            tiling,
+        )
+
+    def _steps(self, steps: int) -> list[tuple[Tensor, float]]:
+        """What ``PackedEstimator.step`` needs of each step; kept, because graphs read it."""
+        if steps not in self._each:
+            moments = schedule(steps)
+            shifts = self._estimator.shifts(moments[:-1])
+            self._each[steps] = list(zip(shifts, moments.diff().tolist(), strict=True))
+        return self._each[steps]
+
+    @torch.inference_mode()
+    def _compile(self, size: _Size, steps: int) -> None:
+        """Launches each kernel once; as no row is in use, they do nothing."""
+        assert self._room is not None
+        size.integers.zero_()
+        self._estimator.step(size.rows, self._room, size.tiling, *self._steps(steps)[0], GUIDANCE)
+        torch.cuda.current_stream(self._device).synchronize()
+
+    def _captured(self, size: _Size, steps: int) -> torch.cuda.CUDAGraph:
+        assert self._room is not None
+        self._compile(size, steps)
+        graph = torch.cuda.CUDAGraph()
+        # Another thread's work on the device, such as an enrolment's, must not spoil the capture.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for shifts, length in self._steps(steps):
+                self._estimator.step(size.rows, self._room, size.tiling, shifts, length, GUIDANCE)
+        return graph
+
+
+def _utterances(frames: int) -> int:
+    return 64 + frames // 256
+
+
+def _size_for(frames: int, utterances: int) -> int:
+    """The smallest of SMALLEST, twice as many, ... that is enough."""
+    size = SMALLEST
+    while size < frames or _utterances(size) < utterances:
+        size *= 2
+    return size
+
+
+def _tables(lengths: Sequence[int], padded: int, size: _Size) -> tuple[Tensor, Tensor]:
+    """What ``size.integers`` shall hold, and where each frame is in rows of ``padded`` frames: int32 and int64.
+
+    An utterance's guided rows come first, then as many unguided ones, then the next utterance's.
+    """
+    counts = np.asarray(lengths)
+    starts = np.cumsum(counts) - counts
+    total = int(counts.sum())
+    within = np.arange(total) - np.repeat(starts, counts)  # frame of its utterance
+    guided = 2 * np.repeat(starts, counts) + within
+    table = np.zeros(len(size.integers), dtype=np.int32)
+    table[:2] = 2 * total, total
+    tiles, pairs, place = np.split(table[4:], np.cumsum([size.rows.tiles.numel(), size.rows.pairs.numel()]))
+    step = size.tiling.attention.rows
+    begins = np.stack([2 * starts, 2 * starts + counts], axis=1).ravel()
+    lengths_of = np.repeat(counts, 2)
+    many = -(-lengths_of // step)
+    ordinal = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+    begin = np.repeat(begins, many)
+    used = tiles.reshape(-1, 3)[: len(begin)]
+    used[:, 0], used[:, 1], used[:, 2] = begin + step * ordinal, begin, begin + np.repeat(lengths_of, many)
+    pairs.reshape(-1, 2)[:total, 0] = guided
+    pairs.reshape(-1, 2)[:total, 1] = guided + np.repeat(counts, counts)
+    place[guided] = within
+    place[guided + np.repeat(counts, counts)] = within
+    order = np.repeat(np.arange(len(counts)) * padded, counts) + within
+    return torch.from_numpy(table), torch.from_numpy(order)

@@ -1,0 +1,163 @@
+"""The networks for CUDA cards against those that they replace.
+
+Without a card, Triton's interpreter runs the kernels on the CPU; without Triton, which torch brings with CUDA only, the
+tests that need it are skipped: pip install triton, then run this file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from chatterbox_vllm.vocoder import noise, weights
+from chatterbox_vllm.vocoder.batching import padded, row_mask
+from chatterbox_vllm.vocoder.cuda.encoder import ALIGNMENT, HalfEncoder
+from chatterbox_vllm.vocoder.cuda.tiling import Tile, Tiling
+from chatterbox_vllm.vocoder.edges import Edges
+from chatterbox_vllm.vocoder.hift import Stretch
+from chatterbox_vllm.vocoder.noise import Stream
+from tests.vocoder_support import tensors
+
+ON_CARD = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CARD else "cpu")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+if not ON_CARD:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+
+
+@pytest.fixture(scope="module")
+def networks() -> weights.Networks:
+    return weights.build(tensors(), Path("s3gen.safetensors")).to(DEVICE)
+
+
+class Called:
+    """``Captured`` without a card."""
+
+    def __init__(self, function: Callable, examples: tuple[torch.Tensor, ...], pool: object = None) -> None:
+        self.function, self.inputs = function, examples
+
+    def __call__(self, *inputs: torch.Tensor) -> object:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own[: len(given)] = given
+        return self.function(*self.inputs)
+
+
+@torch.inference_mode()
+def test_the_encoder_agrees_for_rows_of_any_length(networks):
+    lengths = [3 * ALIGNMENT, 30, 7]
+    tokens = padded([torch.randint(0, 6561, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths])
+    x, mask = networks.flow.input_embedding(tokens.to(DEVICE)), row_mask(lengths, DEVICE)
+    expected = networks.flow.encoder(x, mask)
+    actual = HalfEncoder(networks.flow.encoder, torch.float32)(x, mask)
+    rough = HalfEncoder(networks.flow.encoder, torch.bfloat16)(x, mask)
+    real = mask.repeat_interleave(2, dim=1)
+    assert expected[real].std() > 0.1
+    assert (actual - expected)[real].abs().max() < 1e-4
+    assert (rough - expected)[real].abs().mean() < 0.02 * expected[real].abs().mean()
+
+
+@needs_triton
+@torch.inference_mode()
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_estimator_agrees_for_packed_rows(networks, steps, monkeypatch):
+    from chatterbox_vllm.vocoder.cuda import graphs
+    from chatterbox_vllm.vocoder.cuda.estimator import PackedEstimator
+
+    if not ON_CARD:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+        )
+        monkeypatch.setattr(graphs.GraphSolver, "_captured", played)
+        monkeypatch.setattr(graphs, "SMALLEST", 128)
+        monkeypatch.setattr(graphs, "LONGEST", 128)
+    lengths = [60, 17, 41]
+    noisy, mu, cond = torch.randn(3, 3, 60, 80, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    speaker = torch.randn(3, 80, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = networks.flow.solve(noisy, mu, speaker, cond, row_mask(lengths, DEVICE), steps)
+    estimator = PackedEstimator(networks.flow.estimator, dtype=torch.float16, device=DEVICE)
+    solver = graphs.GraphSolver(estimator, frames=128)
+    for _ in range(2):  # what a batch leaves behind does not matter to the next
+        actual = solver.solve(noisy, mu, speaker, cond, lengths, steps)
+        assert [tuple(row.shape) for row in actual] == [(length, 80) for length in lengths]
+        for row, whole, length in zip(actual, expected, lengths, strict=True):
+            assert whole[:length].std() > 0.5
+            assert (row - whole[:length]).abs().max() < 0.02
+            assert (row - whole[:length]).abs().mean() < 0.002
+        (alone,) = solver.solve(noisy[1:2], mu[1:2], speaker[1:2], cond[1:2], lengths[1:2], steps)
+        assert (alone - actual[1]).abs().max() < 0.01
+
+
+def played(solver, size, steps):
+    """A graph without a card: computes when it is replayed."""
+
+    def replay() -> None:
+        for shifts, length in solver._steps(steps):
+            solver._estimator.step(size.rows, solver._room, size.tiling, shifts, length, 0.7)
+
+    return SimpleNamespace(replay=replay)
+
+
+def stretch(lengths: list[int], waves: int) -> Stretch:
+    generator = torch.Generator().manual_seed(2)
+    count, longest = len(lengths), max(lengths)
+    return Stretch(
+        mel=(torch.randn(count, longest, 80, generator=generator).cumsum(1) * 0.2 - 4.0).to(DEVICE),
+        frames=lengths,
+        edges=Edges(torch.tensor(lengths, device=DEVICE), ragged=True),
+        anchor=torch.tensor([0, 5, 2][:count], device=DEVICE),
+        cycles=100 * torch.rand(count, waves, dtype=torch.float64, generator=generator).to(DEVICE),
+        offsets=torch.rand(count, waves, generator=generator).to(DEVICE),
+        keys=torch.tensor([noise.key(seed, Stream.SOURCE) for seed in range(count)], device=DEVICE),
+        first=torch.tensor([0, 4800, 960][:count], device=DEVICE),
+    )
+
+
+@needs_triton
+@torch.inference_mode()
+def test_hift_agrees_for_packed_utterances(networks, monkeypatch):
+    from chatterbox_vllm.vocoder.cuda import hift
+
+    if not ON_CARD:
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(hift, "Captured", Called)
+    network = networks.mel2wav
+    fused = hift.FusedHift(network)
+    for lengths in ([9, 17, 12], [6, 11]):  # what a batch leaves behind does not matter to the next
+        given = stretch(lengths, network.m_source.waves)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            expected, turned = network(given)
+        samples, cycles = fused(given)
+        for row, length in enumerate(lengths):
+            assert samples[row].shape == (480 * length,)
+            assert expected[row, : 480 * length].std() > 0.01
+            assert (samples[row] - expected[row, : 480 * length]).abs().max() < 2e-3
+            assert (cycles[row] - turned[row, :, : length + 1]).abs().max() < 1e-2
+
+
+@needs_triton
+@torch.inference_mode()
+def test_noise_is_the_same_on_a_card(networks, monkeypatch):
+    from chatterbox_vllm.vocoder.cuda import hift_kernels
+
+    keys = torch.tensor([noise.key(seed, Stream.MEL) for seed in (3, 4)], device=DEVICE)
+    first = torch.tensor([0, 1000], device=DEVICE)
+    out = torch.empty(2, 21, 9, device=DEVICE)
+    hift_kernels.normals[(2, 2)](keys, first, out, 21, LANES=5, CHANNELS=9, PADDED=8, ROWS=16)
+    assert (out - noise.normals(keys, first, 21, 9).transpose(1, 2)).abs().max() < 1e-5
+
+
+def test_tiles_fit_a_multiprocessor():
+    large = Tile(rows=128, columns=128, depth=64, warps=8, stages=3)
+    assert large.within(227 * 1024) == large
+    assert large.within(99 * 1024).stages == 2
+    assert large.fitting(columns=320, depth=80) == Tile(rows=128, columns=64, depth=16, warps=8, stages=3)
+    for rows in (1024, 4096, 65_536):
+        for tile in vars(Tiling.of(rows, width=256, shared_memory=99 * 1024)).values():
+            assert 2 * tile.stages * (tile.rows + tile.columns) * tile.depth <= 99 * 1024
