@@ -1,7 +1,7 @@
 """One server's engine: text in, sound out, for many requests at once.
 
 A request goes: prepare the text -> T3 tokens (vLLM) -> vocoder (batched) -> watermark. Its parts (a long text is
-several utterances) run in T3's batch together and are vocoded in order. Every way out of ``stream`` passes one
+several utterances) run in T3's batch together; a stream's are vocoded in order. Every way out of ``stream`` passes one
 ``finally`` that aborts T3, drops the vocoder's state and counts the request out.
 """
 
@@ -24,6 +24,7 @@ from vllm.platforms import current_platform
 from chatterbox_vllm.audio.watermark import Watermarker, WatermarkStream
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, cache_dir, resolve
 from chatterbox_vllm.errors import ConfigurationError, EngineDead, EngineError
+from chatterbox_vllm.mps import Mps
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.text.frontend import TextFrontend
@@ -37,14 +38,16 @@ from chatterbox_vllm.types import (
     SpeechRequest,
     VoiceFeatures,
 )
-from chatterbox_vllm.vocoder.schedule import ChunkSchedule
-from chatterbox_vllm.vocoder.stage import Vocoder
-from chatterbox_vllm.vocoder.utterance import Chunk, Utterance
-from chatterbox_vllm.vocoder.worker import VocoderWorker
+from chatterbox_vllm.vocoder.host import ProcessHost, ThreadHost
+from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback, due_of_file
+from chatterbox_vllm.vocoder.stage import Blueprint
+from chatterbox_vllm.vocoder.utterance import Chunk, Utterance, open_utterance
+from chatterbox_vllm.vocoder.worker import VocoderPool, VocoderStats
 from chatterbox_vllm.voices.library import VoiceLibrary
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+VOCODER_DTYPES = {"auto": None, **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}}
 SILENCE = "T3 ended before it said anything; try another seed, or another text"
 Samples = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -69,7 +72,8 @@ class AsyncChatterbox:
         checkpoint: Checkpoint,
         *,
         t3: T3Generator,
-        worker: VocoderWorker,
+        worker: VocoderPool,
+        sharing: Mps | None,
         voices: VoiceLibrary,
         frontend: TextFrontend,
         watermarker: Watermarker | None,
@@ -80,12 +84,13 @@ class AsyncChatterbox:
         self.voices = voices
         self._t3 = t3
         self._worker = worker
-        self._vocoder = worker.vocoder
+        self._sharing = sharing
         self._frontend = frontend
         self._watermarker = watermarker
         self._schedule = schedule
         self._max_chunk_length = max_chunk_length
         self._active = 0
+        self._streams = 0
         self._stopping = False
         self._ending: asyncio.Task[None] | None = None
 
@@ -101,6 +106,9 @@ class AsyncChatterbox:
         quantization: str | None = None,
         device: str | None = None,
         vocoder_device: str | None = None,
+        vocoder_process: bool | None = None,
+        vocoder_dtype: str = "auto",
+        mps: bool = False,
         mask_invalid_tokens: bool = True,
         watermark: bool = True,
         voices_dir: Path | None = None,
@@ -117,7 +125,12 @@ class AsyncChatterbox:
             max_model_len: positions of one utterance: 38 + text tokens + speech tokens.
             gpu_memory_utilization: share of the card that T3 may take, weights and KV cache together.
             quantization: handed to vLLM; "bitsandbytes" for 4-bit weights on a GPU.
-            device: where vocoder and enrolment run; default: vLLM's device. ``vocoder_device`` overrides it.
+            device: where vocoder and enrolment run; default: vLLM's device.
+            vocoder_device: another one for the vocoder, or several with commas between them, a worker for each.
+            vocoder_process: whether each worker is a process of its own; default: on a GPU. False takes less memory.
+            vocoder_dtype: "float32", "bfloat16" or "float16" for the vocoder's estimator; "auto" is float32 on a CPU,
+                and on a GPU the half precision that it has.
+            mps: run NVIDIA's Multi-Process Service, so that T3 and the vocoder use one GPU at the same time.
             mask_invalid_tokens: never sample ids that are no sound; False is upstream's distribution, exactly.
             watermark: put Perth's inaudible watermark into every answer.
             voices_dir: recordings or features of more voices, by file name.
@@ -139,7 +152,8 @@ class AsyncChatterbox:
                 param="device",
             )
         where = _device("device", device) or ("cuda" if on_gpu else "cpu")
-        vocoder_where = _device("vocoder_device", vocoder_device) or where
+        devices = _vocoder_devices(where if vocoder_device is None else vocoder_device)
+        host, vocoder_type = _vocoder_host(devices, vocoder_process), _vocoder_dtype(vocoder_dtype)
         checkpoint = model if isinstance(model, Checkpoint) else await asyncio.to_thread(resolve, model, variant)
         if checkpoint.is_demo:
             logger.warning("%s holds random weights: it speaks noise", checkpoint.folder)
@@ -150,7 +164,10 @@ class AsyncChatterbox:
         watermarker = await asyncio.to_thread(Watermarker) if watermark else None
         # Beside T3's loading, which leaves this process idle.
         warming = asyncio.ensure_future(asyncio.to_thread(_warm_up, watermarker, voices))
+        sharing = Mps() if mps else None
+        pool = VocoderPool([host(Blueprint(checkpoint.s3gen, device, vocoder_type)) for device in devices])
         started = time.perf_counter()
+        pool.start()
         logger.info("loading T3 (%s) from %s into vLLM", checkpoint.variant, checkpoint.folder)
         loading_t3 = asyncio.ensure_future(
             asyncio.to_thread(
@@ -166,22 +183,24 @@ class AsyncChatterbox:
             )
         )
         try:
-            t3 = await asyncio.shield(loading_t3)
+            t3, _ = await asyncio.gather(asyncio.shield(loading_t3), pool.read())
             await t3.connect()
-            logger.info("T3 is up after %.0f s; loading the vocoder", time.perf_counter() - started)
-            vocoder = await asyncio.to_thread(Vocoder.from_checkpoint, checkpoint.s3gen, device=vocoder_where)
+            logger.info("T3 is up after %.0f s; the vocoder follows", time.perf_counter() - started)
+            await pool.ready()  # not earlier: T3 takes its share of a card's memory, the vocoder sees what is left
             await warming
         except BaseException:
             # A thread cannot be stopped: an engine that comes up after all is ended then.
             loading_t3.add_done_callback(_end_late_engine)
+            await pool.close(drain=False)
+            if sharing is not None:
+                loading_t3.add_done_callback(lambda _: sharing.stop())
             raise
-        worker = VocoderWorker(vocoder)
-        worker.start()
         logger.info("ready after %.0f s", time.perf_counter() - started)
         return cls(
             checkpoint,
             t3=t3,
-            worker=worker,
+            worker=pool,
+            sharing=sharing,
             voices=voices,
             frontend=TextFrontend(tokenizer, multilingual=checkpoint.variant.is_multilingual),
             watermarker=watermarker,
@@ -194,26 +213,31 @@ class AsyncChatterbox:
         """Code to name of the languages this checkpoint speaks."""
         return dict(SUPPORTED_LANGUAGES) if self.checkpoint.variant.is_multilingual else {"en": "English"}
 
+    @property
+    def vocoder_stats(self) -> VocoderStats:
+        """What the vocoder did so far."""
+        return self._worker.stats
+
     def health(self) -> Health:
         """The engine's state, without waiting for anything."""
-        reason = None
+        reason = self._worker.trouble
         if self._stopping:
             reason = "shutting down"
         elif self._t3.dead:
             reason = "the T3 engine has died; restart the server"
-        elif not self._worker.is_alive:
-            reason = "the vocoder has died; restart the server"
         dead = self._t3.dead or not self._worker.is_alive
         return Health(live=not dead, ready=reason is None, reason=reason, active=self._active)
 
     async def stream(self, request: SpeechRequest) -> AsyncGenerator[Samples, None]:
         """Sound as it is made: float32 arrays (n,) at 24 kHz. Closing the generator aborts the request everywhere."""
         mark = WatermarkStream(self._watermarker) if self._watermarker else None
-        spoken = False
-        with self._admitted():
+        spoken, playback = False, Playback()
+        with self._admitted(), self._streaming():
             async with self._speaking(request) as parts:
+                # Who gives a seed wants the same sound in any company.
+                alone = self._streams == 1 and request.options.seed is None
                 for part in parts:
-                    async with aclosing(self._vocode(part)) as chunks:
+                    async with aclosing(self._vocode(part, playback, alone=alone)) as chunks:
                         async for chunk in chunks:
                             samples = await asyncio.to_thread(mark.feed, chunk.numpy()) if mark else chunk.numpy()
                             if len(samples):
@@ -235,11 +259,15 @@ class AsyncChatterbox:
                 raise EngineError(SILENCE)
             return await asyncio.to_thread(self._watermarker, samples) if self._watermarker else samples
 
-    async def speech_tokens(self, request: SpeechRequest) -> list[int]:
-        """T3's tokens for ``text`` as one utterance, without start and stop; ids that are no sound are kept."""
+    async def speech_tokens(self, request: SpeechRequest, *, min_tokens: int = 0) -> list[int]:
+        """T3's tokens for ``text`` as one utterance, without start and stop; ids that are no sound are kept.
+
+        Args:
+            min_tokens: do not stop before so many, as benchmarks want.
+        """
         with self._admitted():
             text = await asyncio.to_thread(self._frontend.one, request.text, request.language)
-            tokens = self._t3.tokens(text, request.voice, request.options, incremental=False)
+            tokens = self._t3.tokens(text, request.voice, request.options, incremental=False, min_tokens=min_tokens)
             async with aclosing(tokens):
                 return [i async for new in tokens for i in new]
 
@@ -248,8 +276,8 @@ class AsyncChatterbox:
     ) -> Samples:
         """The vocoder alone: speech tokens (T,) int64 to sound (n,), without watermark. ``seed`` names its noise."""
         with self._admitted():
-            state = self._vocoder.open(voice, seed=seed, diffusion_steps=diffusion_steps)
-            return (await self._worker.submit(Chunk(state, tokens, final=True))).numpy()
+            state = open_utterance(voice, seed=seed, diffusion_steps=diffusion_steps)
+            return (await self._worker.submit(Chunk(state, tokens, final=True, due=due_of_file()))).numpy()
 
     async def shutdown(self) -> None:
         """Refuses new requests, fails those under way, ends the processes. Safe to call twice."""
@@ -260,6 +288,8 @@ class AsyncChatterbox:
 
     async def _end(self) -> None:
         await asyncio.gather(self._worker.close(drain=False), asyncio.to_thread(self._t3.shutdown))
+        if self._sharing is not None:
+            await asyncio.to_thread(self._sharing.stop)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
@@ -271,6 +301,14 @@ class AsyncChatterbox:
             yield
         finally:
             self._active -= 1
+
+    @contextmanager
+    def _streaming(self) -> Iterator[None]:
+        self._streams += 1
+        try:
+            yield
+        finally:
+            self._streams -= 1
 
     @asynccontextmanager
     async def _speaking(self, request: SpeechRequest, *, incremental: bool = True) -> AsyncIterator[list[_Part]]:
@@ -307,22 +345,20 @@ class AsyncChatterbox:
         finally:
             part.tokens.put_nowait(None)
 
-    def _open(self, part: _Part) -> Utterance:
-        request = part.request
-        return self._vocoder.open(request.voice, seed=part.seed, diffusion_steps=request.options.diffusion_steps)
-
-    async def _vocode(self, part: _Part) -> AsyncGenerator[torch.Tensor, None]:
+    async def _vocode(self, part: _Part, playback: Playback, *, alone: bool) -> AsyncGenerator[torch.Tensor, None]:
         """A part's sound in growing chunks, while its tokens still come.
 
-        The tokens alone decide where they are cut, not how fast they come: so a stream can be repeated.
+        How fast they come does not decide where they are cut: so a stream with a seed can be repeated.
         """
-        state, waiting, complete = self._open(part), list[int](), False
-        for size in self._schedule.sizes():
-            while len(waiting) <= size and not complete:
+        state, waiting, complete = part.open(), list[int](), False
+        for size in self._schedule.sizes(alone=alone):
+            while len(waiting) < size and not complete:
                 new, complete = await part.take()
                 waiting += new
-            final = len(waiting) <= size
-            samples = await self._worker.submit(Chunk(state, _ids(waiting[:size]), final=final))
+            # Tokens that end exactly with a chunk are followed by an empty one, however soon the end is known.
+            final = len(waiting) < size
+            samples = await self._worker.submit(Chunk(state, _ids(waiting[:size]), final=final, due=playback.due))
+            playback.delivered(len(samples))
             if len(samples):
                 yield samples
             if final:
@@ -334,7 +370,7 @@ class AsyncChatterbox:
         while not final:
             new, final = await part.take()
             tokens += new
-        return await self._worker.submit(Chunk(self._open(part), _ids(tokens), final=True))
+        return await self._worker.submit(Chunk(part.open(), _ids(tokens), final=True, due=due_of_file()))
 
 
 @dataclass(eq=False)
@@ -346,6 +382,11 @@ class _Part:
     seed: int
     tokens: asyncio.Queue[list[int] | None] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
+
+    def open(self) -> Utterance:
+        """Its state in the vocoder."""
+        options = self.request.options
+        return open_utterance(self.request.voice, seed=self.seed, diffusion_steps=options.diffusion_steps)
 
     async def take(self) -> tuple[list[int], bool]:
         """Waits for tokens and takes all there are; True with the last ones. Raises what T3 raised."""
@@ -399,6 +440,32 @@ def _device(name: str, wanted: str | None) -> str | None:
         cards = f", cuda:0 to cuda:{count - 1}" if count else "; this machine has no CUDA device"
         raise ConfigurationError(f"{name} must be cpu{cards}, not {wanted!r}", param=name)
     return wanted
+
+
+def _vocoder_devices(wanted: str) -> list[str]:
+    """A device for each worker."""
+    return [str(_device("vocoder_device", each.strip())) for each in str(wanted).split(",")]
+
+
+def _vocoder_host(devices: list[str], own_process: bool | None) -> type[ProcessHost] | type[ThreadHost]:
+    """Where the vocoder's workers run."""
+    if own_process is False and len(devices) > 1:
+        raise ConfigurationError(
+            f"vocoder_process=False runs one worker, and vocoder_device={','.join(devices)!r} names {len(devices)} "
+            "devices; name one device, or leave vocoder_process out",
+            param="vocoder_process",
+        )
+    needed = len(devices) > 1 or devices != ["cpu"]
+    return ProcessHost if (needed if own_process is None else own_process) else ThreadHost
+
+
+def _vocoder_dtype(wanted: str) -> torch.dtype | None:
+    """None for the device's best."""
+    if wanted not in VOCODER_DTYPES:
+        raise ConfigurationError(
+            f"vocoder_dtype must be one of {', '.join(VOCODER_DTYPES)}, not {wanted!r}", param="vocoder_dtype"
+        )
+    return VOCODER_DTYPES[wanted]
 
 
 def _check(name: str, value: Any, low: float, high: float, kind: type) -> None:

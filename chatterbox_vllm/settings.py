@@ -56,6 +56,7 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "max_model_len": 500,
             "gpu_memory_utilization": 0.4,
             "max_chunk_length": 140,
+            "vocoder_process": False,
             "quantization": "bitsandbytes",
         },
         "low-vram": {
@@ -63,6 +64,7 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "max_model_len": 800,
             "gpu_memory_utilization": 0.45,
             "max_chunk_length": 240,
+            "vocoder_process": False,
         },
         "medium-vram": {"max_batch_size": 8, "max_model_len": 1000, "gpu_memory_utilization": 0.5},
         "high-vram": {"max_batch_size": 64, "max_model_len": 1200, "gpu_memory_utilization": 0.6},
@@ -128,7 +130,18 @@ class Settings(BaseModel):
     device: str = Field(
         "auto", min_length=1, description="auto, cuda or cpu; the start script installs vLLM's build for it"
     )
-    vocoder_device: str | None = Field(None, min_length=1, description="another device for the vocoder, such as cuda:1")
+    vocoder_device: str | None = Field(
+        None, min_length=1, description="another device for the vocoder; several, as cuda:0,cuda:1, are a worker each"
+    )
+    vocoder_process: bool | None = Field(
+        None, description="vocoder in a process of its own; on a GPU if unset; false takes less memory"
+    )
+    vocoder_dtype: Dtype = Field(
+        "auto", description="the vocoder's number format; auto is float32 on a CPU, half precision on a GPU"
+    )
+    mps: bool = Field(
+        False, description="run NVIDIA's MPS, under which T3 and the vocoder use one GPU at the same time, not by turns"
+    )
     engine_args: JsonObject = Field({}, description="further vLLM engine arguments, as a JSON object")
 
     quantization: str | None = Field(
@@ -154,7 +167,13 @@ class Settings(BaseModel):
         300, ge=CHUNK_LENGTHS[0], le=CHUNK_LENGTHS[1], description="longer text is split at sentence ends (characters)"
     )
     first_chunk_tokens: int = Field(
-        20, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in a stream's first piece"
+        25, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in a stream's first piece"
+    )
+    lone_chunk_tokens: int = Field(
+        15,
+        ge=1,
+        le=MAX_SPEECH_TOKENS,
+        description="the same for its first two pieces each, if it is the only stream and has no seed",
     )
     chunk_growth: float = Field(2.0, ge=1, le=16, description="how much longer each further piece is")
     largest_chunk_tokens: int = Field(240, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in its longest piece")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "chatterbox_vllm"
 # A module imports its own level and those below it.
 LEVELS = [
-    {"types", "errors", "loop_thread", "memory"},
+    {"types", "errors", "loop_thread", "memory", "mps"},
     {"settings"},
     {"text", "audio", "checkpoint", "demo_checkpoint", "upstream"},
     {"t3", "vocoder", "voices", "quantization"},
@@ -26,8 +26,9 @@ LEVELS = [
 ]
 STAGES = {"t3", "vocoder", "voices"}
 KNOW_VLLM = {"t3", "engine"}
-READ_ENVIRONMENT = {"settings.py", "checkpoint.py"}
-SET_ENVIRONMENT = {"engine.py", "t3/launch.py", "upstream/__init__.py"}  # vLLM's own variables, and numba's
+READ_ENVIRONMENT = {"settings.py", "checkpoint.py", "bench/serve.py"}  # the last one: OpenAI's key of any server
+# vLLM's own variables, numba's, and those of NVIDIA's MPS.
+SET_ENVIRONMENT = {"engine.py", "mps.py", "vocoder/process.py", "t3/launch.py", "upstream/__init__.py"}
 LIGHT = [
     "chatterbox_vllm",
     "chatterbox_vllm.api",

@@ -29,6 +29,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chatterbox_vllm import engine as engine_module
 from chatterbox_vllm.audio.encode import FORMATS
 from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.engine import AsyncChatterbox
@@ -396,8 +397,8 @@ def test_200_requests_of_which_a_third_is_cut_leave_nothing(server: Server) -> N
     before, whole = server.tasks(), server.sound(diffusion_steps=2)
     utterances: list[weakref.ref[Utterance]] = []
     aborted: list[Any] = []
-    llm, vocoder = server.engine._t3._llm, server.engine._vocoder
-    opened, abort = vocoder.open, llm.abort
+    llm = server.engine._t3._llm
+    opened, abort = engine_module.open_utterance, llm.abort
 
     def opening(*args: Any, **options: Any) -> Utterance:
         utterance = opened(*args, **options)
@@ -414,7 +415,7 @@ def test_200_requests_of_which_a_third_is_cut_leave_nothing(server: Server) -> N
             return None
         return server.sound(diffusion_steps=2, stream=index % 3 == 1)
 
-    with patch.object(vocoder, "open", opening), patch.object(llm, "abort", aborting):
+    with patch.object(engine_module, "open_utterance", opening), patch.object(llm, "abort", aborting):
         kept = together(client, range(200), clients=24)
         server.wait_until_idle()
     assert [len(sound) for sound in kept if sound is not None] == [len(whole)] * 133

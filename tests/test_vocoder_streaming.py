@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 from unittest.mock import patch
 
@@ -10,7 +11,7 @@ import torch
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.vocoder.distance import log_mel, mel_distance, streaming_distance
-from chatterbox_vllm.vocoder.schedule import ChunkSchedule
+from chatterbox_vllm.vocoder.schedule import MARGIN, PATIENCE, ChunkSchedule, Playback, due_of_file
 from chatterbox_vllm.vocoder.utterance import Chunk, Step
 from tests.vocoder_support import speech, streamed, vocoder, voice, whole
 
@@ -45,8 +46,8 @@ def test_samples_of_one_mel_do_not_depend_on_the_chunks(own, sizes):
 
 def test_phases_hold_for_forty_seconds():
     own = vocoder()
-    own.hift.f0_predictor.double()  # in float32 the pitch's last bits change with the stretch's length
-    sizes = list(islice(ChunkSchedule(largest=120).sizes(), 9))
+    own.networks.mel2wav.f0_predictor.double()  # in float32 the pitch's last bits change with the stretch's length
+    sizes = list(islice(ChunkSchedule(largest=120).sizes(alone=True), 9))
     expected, chunks = hift_streamed(own, 1000, sizes)
     assert len(chunks) == 10
     assert (torch.cat(chunks) - expected).abs().max() <= 1e-5
@@ -57,12 +58,12 @@ def test_a_broken_seam_would_be_noticed(own, broken):
     """The tests above are worth something: each part of what is carried on is needed."""
     settle, released = Step.settle, own._released
 
-    def without_phase(step, mel, cycles):
-        settle(step, mel, cycles)
+    def without_phase(step, said):
+        settle(step, said)
         step.utterance.cycles = torch.zeros(9, dtype=torch.float64)
 
-    def with_another_seed(step, mel, cycles):
-        settle(step, mel, cycles)
+    def with_another_seed(step, said):
+        settle(step, said)
         step.utterance.seed += 1
 
     def with_fade(step, samples):
@@ -104,6 +105,7 @@ def test_frames_are_committed_once_and_samples_follow(own):
         commitments.append(torch.empty(0, 80) if utterance.mel is None else utterance.mel)
     assert [len(mel) for mel in commitments] == [0, 29, 49, 69, 89, 120]
     assert all(torch.equal(mel, commitments[-1][: len(mel)]) for mel in commitments)
+    assert not any(mel.is_inference() for mel in commitments)
 
 
 def test_what_settles_nothing_costs_nothing(own):
@@ -111,9 +113,9 @@ def test_what_settles_nothing_costs_nothing(own):
     with patch.object(own, "_flow", side_effect=AssertionError("the flow ran")):
         assert len(own.advance([Chunk(utterance, speech(13), final=False)])[0]) == 0
         assert len(own.advance([Chunk(utterance, speech(0), final=False)])[0]) == 0
-    assert utterance.is_silent
+    assert utterance.released == 0
     assert len(own.advance([Chunk(utterance, speech(1), final=False)])[0]) == 960
-    assert not utterance.is_silent
+    assert utterance.released == 2
 
 
 def test_a_stream_does_not_depend_on_its_company(own):
@@ -159,9 +161,30 @@ def test_distance():
 
 
 def test_schedule():
-    assert list(islice(ChunkSchedule().sizes(), 7)) == [20, 40, 80, 160, 240, 240, 240]
-    assert list(islice(ChunkSchedule(first=10, growth=1.5, largest=30).sizes(), 5)) == [10, 15, 22, 30, 30]
-    assert list(islice(ChunkSchedule(first=8, growth=1.0).sizes(), 3)) == [8, 8, 8]
+    def sizes(count: int, schedule: ChunkSchedule, *, alone: bool) -> list[int]:
+        return list(islice(schedule.sizes(alone=alone), count))
+
+    assert sizes(7, ChunkSchedule(), alone=True) == [15, 15, 30, 60, 120, 240, 240]
+    assert sizes(6, ChunkSchedule(), alone=False) == [25, 50, 100, 200, 240, 240]
+    assert sizes(5, ChunkSchedule(first=10, growth=1.5, largest=30), alone=False) == [10, 15, 22, 30, 30]
+    assert sizes(3, ChunkSchedule(first=12, alone=8, growth=1.0, largest=12), alone=True) == [8, 8, 8]
+
+
+def test_when_chunks_are_due(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    listener = Playback()
+    listener.delivered(0)
+    assert (listener.due, due_of_file()) == (100.0, 100.0 + PATIENCE)
+    listener.delivered(24_000)
+    assert listener.due == 101.0 - MARGIN
+    now = 100.5
+    listener.delivered(12_000)  # in time
+    assert listener.due == 101.5 - MARGIN
+    now = 103.0
+    assert listener.due == 101.5 - MARGIN  # too late: a second and a half of silence
+    listener.delivered(24_000)
+    assert listener.due == 104.0 - MARGIN
 
 
 @pytest.mark.parametrize(

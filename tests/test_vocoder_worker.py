@@ -1,4 +1,4 @@
-"""The vocoder's thread: what it batches, what an error or a client that leaves does, and how it ends."""
+"""The vocoder's front over threads: what is batched, what an error or a client that leaves does, and how it ends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from chatterbox_vllm.errors import EngineDead, EngineError
-from chatterbox_vllm.vocoder import worker as module
-from chatterbox_vllm.vocoder.utterance import Chunk, Utterance
-from chatterbox_vllm.vocoder.worker import VocoderWorker, _Job, pick
-from tests.vocoder_support import speech, vocoder, voice
+from chatterbox_vllm.errors import CheckpointError, EngineDead, EngineError
+from chatterbox_vllm.vocoder import service
+from chatterbox_vllm.vocoder.host import ThreadHost
+from chatterbox_vllm.vocoder.service import Service, pick
+from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
+from chatterbox_vllm.vocoder.wire import Limits, Ready, Speak
+from chatterbox_vllm.vocoder.worker import GONE, VocoderPool, VocoderStats
+from tests.vocoder_support import At, said, speech, vocoder, voice
 
 
 class Stub:
@@ -22,236 +25,350 @@ class Stub:
     max_frames = 10_000
 
     def __init__(self) -> None:
-        self.batches: list[list[Chunk]] = []
+        self.batches: list[list[Step]] = []
         self.gate = threading.Event()
         self.fail: set[Utterance] = set()
         self.error: Exception = torch.OutOfMemoryError("no memory")
         self.running = threading.Event()
 
-    def advance(self, chunks):
-        self.batches.append(list(chunks))
+    @property
+    def sizes(self) -> list[list[int]]:
+        return [[len(step.tokens) for step in batch] for batch in self.batches]
+
+    def speak(self, steps):
+        self.batches.append(list(steps))
         self.running.set()
         assert self.gate.wait(10)
-        if self.fail & {chunk.utterance for chunk in chunks}:
+        if self.fail & {step.utterance for step in steps}:
             raise self.error
-        for chunk in chunks:
-            chunk.utterance.released += 1
-        return [torch.full((2,), float(len(chunk.tokens))) for chunk in chunks]
+        return [said(step, float(len(step.tokens))) for step in steps]
 
 
-def utterance(*, heard: bool = False) -> Utterance:
-    return Utterance(voice(5), seed=0, diffusion_steps=10, released=int(heard))
+def utterance(steps: int = 10) -> Utterance:
+    return Utterance(voice(5), seed=0, diffusion_steps=steps)
 
 
-def chunk(of: Utterance | None = None, count: int = 5, *, final: bool = True) -> Chunk:
-    return Chunk(of or utterance(), speech(count), final=final)
+def chunk(of: Utterance | None = None, count: int = 5, *, final: bool = True, due: float = 0.0) -> Chunk:
+    return Chunk(of or utterance(), speech(count), final=final, due=due)
 
 
-def run(scenario, **options):
-    """Runs ``scenario(worker, stub)`` with a worker that has not begun its first batch."""
+def heard(samples: torch.Tensor) -> float:
+    """What all of a stub's samples are."""
+    assert len(samples)
+    assert (samples == samples[0]).all()
+    return samples[0].item()
+
+
+def run(scenario, *, max_waiting: int = 1024, **limits):
+    """Runs ``scenario(pool, stub)`` with a worker that has not begun its first batch."""
 
     async def main():
         stub = Stub()
-        worker = VocoderWorker(stub, **options)
-        worker.start()
+        pool = VocoderPool([ThreadHost(At(stub), Limits(**limits))], max_waiting=max_waiting)
+        pool.start()
+        await pool.ready()
         try:
-            return await asyncio.wait_for(scenario(worker, stub), 20)
+            return await asyncio.wait_for(scenario(pool, stub), 20)
         finally:
             stub.gate.set()
-            await worker.close()
+            await pool.close()
 
     return asyncio.run(main())
 
 
-async def queued(worker: VocoderWorker, stub: Stub, *chunks: Chunk) -> list[asyncio.Task]:
+async def queued(pool: VocoderPool, stub: Stub, *chunks: Chunk) -> list[asyncio.Task]:
     """Submits ``chunks`` behind one that occupies the thread; the gate is still shut."""
-    first = asyncio.create_task(worker.submit(chunk(count=1)))
+    first = asyncio.create_task(pool.submit(chunk(count=1)))
     await asyncio.to_thread(stub.running.wait, 10)
-    tasks = [asyncio.create_task(worker.submit(each)) for each in chunks]
+    tasks = [asyncio.create_task(pool.submit(each)) for each in chunks]
     await asyncio.sleep(0)
-    assert worker.waiting == len(chunks)
+    assert pool.waiting == len(chunks)
     return [first, *tasks]
 
 
 def test_what_waits_is_one_batch_and_everyone_gets_their_own():
-    async def scenario(worker, stub):
-        tasks = await queued(worker, stub, *(chunk(count=count) for count in (2, 3, 4)))
+    async def scenario(pool, stub):
+        tasks = await queued(pool, stub, *(chunk(count=count) for count in (2, 3, 4)))
         stub.gate.set()
-        assert [sound.tolist() for sound in await asyncio.gather(*tasks)] == [[n, n] for n in (1.0, 2.0, 3.0, 4.0)]
-        assert [len(batch) for batch in stub.batches] == [1, 3]
+        assert [heard(samples) for samples in await asyncio.gather(*tasks)] == [1, 2, 3, 4]
+        assert stub.sizes == [[1], [2, 3, 4]]
 
     run(scenario)
 
 
 @pytest.mark.parametrize(
-    ("options", "sizes"),
+    ("limits", "sizes"),
     [({"max_batch": 2}, [1, 2, 2, 1]), ({"max_frames": 45}, [1, 2, 2, 1]), ({"max_frames": 1}, [1] * 6), ({}, [1, 5])],
 )
-def test_batches_are_bounded(options, sizes):
-    async def scenario(worker, stub):
-        tasks = await queued(worker, stub, *(chunk() for _ in range(5)))  # 20 frames each
+def test_batches_are_bounded(limits, sizes):
+    async def scenario(pool, stub):
+        tasks = await queued(pool, stub, *(chunk() for _ in range(5)))  # 20 frames each
         stub.gate.set()
         await asyncio.gather(*tasks)
         assert [len(batch) for batch in stub.batches] == sizes
 
-    run(scenario, **options)
+    run(scenario, **limits)
 
 
-def test_first_chunks_go_first_and_an_utterance_keeps_its_order():
-    async def scenario(worker, stub):
-        old, new = utterance(heard=True), utterance()
-        chunks = [chunk(old, 2), chunk(new, 3, final=False), chunk(new, 4), chunk(old, 5)]
-        tasks = await queued(worker, stub, *chunks)
+def speak(job: int, due: float, *, count: int = 5, steps: int = 10) -> Speak:
+    return Speak(job, plan(chunk(utterance(steps), count)), due, came=0.0)
+
+
+def test_what_is_due_first_goes_first():
+    jobs = [speak(1, 30.0), speak(2, 10.0), speak(3, 20.0, steps=4), speak(4, 15.0, count=50), speak(5, 40.0)]
+    assert [job.job for job in pick(jobs, 3, 10_000)] == [2, 4, 1]
+    assert [job.job for job in pick(jobs, 9, 10_000)] == [2, 4, 1, 5], "three has other diffusion steps"
+    assert [job.job for job in pick(jobs, 9, 25)] == [2], "what is too long holds back what is due after it"
+    assert [job.job for job in pick(jobs[3:4], 9, 25)] == [4], "one goes, however long it is"
+    assert pick([], 9, 25) == []
+
+
+def test_chunks_are_spoken_as_they_are_due():
+    async def scenario(pool, stub):
+        tasks = await queued(pool, stub, chunk(count=2, due=3.0), chunk(count=3, due=1.0), chunk(count=4, due=2.0))
         stub.gate.set()
         await asyncio.gather(*tasks)
-        assert [[len(each.tokens) for each in batch] for batch in stub.batches] == [[1], [3, 2], [4, 5]]
+        assert stub.sizes == [[1], [3], [4], [2]]
+
+    run(scenario, max_batch=1)
+
+
+def test_an_utterance_s_chunks_come_one_after_the_other():
+    async def scenario(pool, stub):
+        of = utterance()
+        first, second = await queued(pool, stub, chunk(of, 20, final=False))
+        with pytest.raises(ValueError, match="not answered yet"):
+            await pool.submit(chunk(of))
+        stub.gate.set()
+        await asyncio.gather(first, second)
+        assert (of.released, len(of.tokens), of.finished) == (14, 20, False)
+        assert heard(await pool.submit(chunk(of, 10))) == 30
+        assert (of.released, len(of.mel), of.finished) == (60, 60, True)
+        with pytest.raises(ValueError, match="final"):
+            await pool.submit(chunk(of))
 
     run(scenario)
 
 
-def test_a_stream_that_sounds_is_not_starved():
-    """Whole files and the first chunks of new streams keep coming; what waits long enough goes before them."""
-    old, new = utterance(heard=True), utterance()
-    jobs = [
-        _Job(chunk(old, 1, final=False), SimpleNamespace(), came=10.0),
-        _Job(chunk(count=2), SimpleNamespace(), came=9.9),  # a whole file
-        _Job(chunk(new, 3, final=False), SimpleNamespace(), came=10.4),
-        _Job(chunk(count=4), SimpleNamespace(), came=10.1),
-        _Job(chunk(utterance(), 5, final=False), SimpleNamespace(), came=10.6),
-        _Job(chunk(new, 6), SimpleNamespace(), came=10.45),
-    ]
-    picked = pick(jobs, max_batch=5, max_frames=10_000)
-    assert [len(job.chunk.tokens) for job in picked] == [2, 3, 1, 4, 5]
+def test_what_says_nothing_does_not_wait():
+    async def scenario(pool, stub):
+        of = utterance()
+        assert len(await pool.submit(chunk(of, 13, final=False))) == 0
+        assert (len(of.tokens), stub.batches) == (13, [])
+
+    run(scenario)
 
 
 def test_a_lost_device_ends_the_thread():
-    async def scenario(worker, stub):
+    async def scenario(pool, stub):
         bad = utterance()
         stub.fail, stub.error = {bad}, torch.AcceleratorError("device-side assert triggered")
-        tasks = await queued(worker, stub, chunk(bad), chunk(bad, 3))
-        assert worker.is_alive
+        tasks = await queued(pool, stub, chunk(bad, due=0.0), chunk(count=3, due=1.0))
+        assert pool.trouble is None
         stub.gate.set()
         first, failed, waiting = await asyncio.gather(*tasks, return_exceptions=True)
-        assert first.tolist() == [1.0, 1.0]
+        assert heard(first) == 1.0
         assert [type(failed), type(waiting)] == [EngineError, EngineDead]
-        assert not worker.is_alive
+        assert (pool.is_alive, pool.trouble) == (False, GONE)
         with pytest.raises(EngineDead):
-            await worker.submit(chunk())
+            await pool.submit(chunk())
 
-    run(scenario)
+    run(scenario, max_batch=1)
 
 
 def test_an_error_fails_its_batch_only():
-    async def scenario(worker, stub):
+    async def scenario(pool, stub):
         bad = utterance()
         stub.fail = {bad}
-        tasks = await queued(worker, stub, chunk(bad), chunk())
+        tasks = await queued(pool, stub, chunk(bad), chunk())
         stub.gate.set()
         first, *others = await asyncio.gather(*tasks, return_exceptions=True)
-        assert first.tolist() == [1.0, 1.0]
+        assert heard(first) == 1.0
         assert [type(error) for error in others] == [EngineError, EngineError]
-        assert all("no memory" in str(error) and error.__cause__ is stub.error for error in others)
-        assert (await worker.submit(chunk(count=7))).tolist() == [7.0, 7.0]
+        assert all("no memory" in str(error) for error in others)
+        assert (bad.released, len(bad.tokens)) == (0, 0)
+        stub.fail = set()
+        assert heard(await pool.submit(chunk(bad, 7))) == 7.0
 
     run(scenario)
 
 
 def test_who_leaves_is_not_spoken_to():
-    async def scenario(worker, stub):
-        tasks = await queued(worker, stub, chunk(count=2), chunk(count=3))
+    async def scenario(pool, stub):
+        tasks = await queued(pool, stub, chunk(count=2), chunk(count=3))
         tasks[0].cancel()  # in work: its answer is dropped
         tasks[1].cancel()
         await asyncio.sleep(0)
         stub.gate.set()
-        assert (await tasks[2]).tolist() == [3.0, 3.0]
-        assert [[len(each.tokens) for each in batch] for batch in stub.batches] == [[1], [3]]
-        assert worker.waiting == 0
+        assert heard(await tasks[2]) == 3.0
+        assert stub.sizes == [[1], [3]]
+        assert (pool.waiting, len(pool._speaking)) == (0, 0)
 
     run(scenario)
 
 
 def test_the_queue_is_bounded():
-    async def scenario(worker, stub):
-        tasks = await queued(worker, stub, chunk(count=2))
-        late = asyncio.create_task(worker.submit(chunk(count=3)))
+    async def scenario(pool, stub):
+        tasks = await queued(pool, stub, chunk(count=2))
+        late = asyncio.create_task(pool.submit(chunk(count=3)))
         for _ in range(20):
             await asyncio.sleep(0)
-        assert worker.waiting == 1
+        assert pool.waiting == 1
         stub.gate.set()
-        assert (await late).tolist() == [3.0, 3.0]
+        assert heard(await late) == 3.0
         await asyncio.gather(*tasks)
 
     run(scenario, max_waiting=2)
 
 
 def test_company_is_waited_for():
-    async def scenario(worker, stub):
+    async def scenario(pool, stub):
         stub.gate.set()
-        tasks = [asyncio.create_task(worker.submit(chunk(count=1)))]
+        tasks = [asyncio.create_task(pool.submit(chunk(count=1)))]
         await asyncio.sleep(0.02)
-        tasks += [asyncio.create_task(worker.submit(chunk(count=count))) for count in (2, 3)]
+        tasks += [asyncio.create_task(pool.submit(chunk(count=count))) for count in (2, 3)]
         await asyncio.gather(*tasks)
         assert [len(batch) for batch in stub.batches] == [3]
 
     run(scenario, max_wait=10.0, max_batch=3)
 
 
-@pytest.mark.parametrize("drain", [True, False])
-def test_closing_drains_or_refuses(drain):
-    async def scenario(worker, stub):
-        tasks = await queued(worker, stub, chunk(count=2))
-        closing = asyncio.create_task(worker.close(drain=drain))
-        await asyncio.sleep(0.01)
+def test_what_was_done_is_counted():
+    async def scenario(pool, stub):
+        tasks = await queued(pool, stub, chunk(count=2), chunk(count=3))
+        assert pool.stats == VocoderStats(waiting=2)
         stub.gate.set()
-        await closing
-        running, waiting = await asyncio.gather(*tasks, return_exceptions=True)
-        assert running.tolist() == [1.0, 1.0]
-        assert waiting.tolist() == [2.0, 2.0] if drain else isinstance(waiting, EngineDead)
-        assert not worker.is_alive
-        with pytest.raises(EngineDead):
-            await worker.submit(chunk())
-        await worker.close()
+        await asyncio.gather(*tasks)
+        stub.fail = {bad := utterance()}
+        with pytest.raises(EngineError):
+            await pool.submit(chunk(bad))
+        stats = pool.stats
+        assert (stats.batches, stats.chunks, stats.failures, stats.restarts, stats.waiting) == (2, 3, 1, 0, 0)
+        assert stats.frames == 2 * (3 * 5 + 1 + 2 + 3)
+        assert 0 < stats.busy_seconds < 10
+        assert 0 < stats.queue_wait_seconds < 10
 
     run(scenario)
 
 
-def test_a_worker_that_was_not_started_says_so():
-    async def main():
-        worker = VocoderWorker(Stub())
+@pytest.mark.parametrize("drain", [True, False])
+def test_closing_drains_or_refuses(drain):
+    async def scenario(pool, stub):
+        tasks = await queued(pool, stub, chunk(count=2))
+        closing = asyncio.create_task(pool.close(drain=drain))
+        await asyncio.sleep(0.01)
+        stub.gate.set()
+        await closing
+        running, waiting = await asyncio.gather(*tasks, return_exceptions=True)
+        assert heard(running) == 1.0
+        assert heard(waiting) == 2.0 if drain else isinstance(waiting, EngineDead)
+        assert not pool.is_alive
         with pytest.raises(EngineDead):
-            await worker.submit(chunk())
-        await worker.close()
+            await pool.submit(chunk())
+        await pool.close()
+
+    run(scenario)
+
+
+def test_a_pool_that_was_not_started_says_so():
+    async def main():
+        pool = VocoderPool([ThreadHost(At(Stub()))])
+        with pytest.raises(EngineDead):
+            await pool.submit(chunk())
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_loaded_says_so():
+    async def main():
+        pool = VocoderPool([ThreadHost(At(CheckpointError("no tensor")))])
+        pool.start()
+        await pool.read()
+        with pytest.raises(CheckpointError, match="no tensor"):
+            await pool.ready()
+        assert not pool.is_alive
+        await pool.close()
 
     asyncio.run(main())
 
 
 def test_a_thread_that_dies_leaves_nobody_waiting(monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-
-    async def scenario(worker, stub):
-        tasks = await queued(worker, stub, chunk(count=2))
-        monkeypatch.setattr(module, "pick", SimpleNamespace())  # not callable
+    async def scenario(pool, stub):
+        tasks = await queued(pool, stub, chunk(count=2))
+        monkeypatch.setattr(service, "pick", SimpleNamespace())  # not callable
         stub.gate.set()
         running, waiting = await asyncio.gather(*tasks, return_exceptions=True)
-        assert running.tolist() == [1.0, 1.0]
+        assert heard(running) == 1.0
         assert isinstance(waiting, EngineDead)
-        assert not worker.is_alive
+        assert not pool.is_alive
 
     run(scenario)
 
 
-def test_an_idle_thread_sleeps():
-    async def scenario(worker, stub):
-        stub.gate.set()
-        await worker.submit(chunk())
-        wakes = []
-        wait = worker._changed.wait
-        worker._changed.wait = lambda timeout=None: (wakes.append(timeout), wait(timeout))[1]
-        await worker.submit(chunk())
-        await asyncio.sleep(0.1)
-        assert wakes in ([None], [])  # one sleep without an end
+def test_an_idle_service_sleeps():
+    told, stub = [], Stub()
+    stub.gate.set()
+    spoken = threading.Semaphore(0)
+    idle = Service(lambda news: (told.append(news), spoken.release()), Limits())
+    wakes, wait = [], idle._changed.wait
+    idle._changed.wait = lambda timeout=None: (wakes.append(timeout), wait(timeout))[1]
+    thread = threading.Thread(target=idle.run, args=(stub,))
+    thread.start()
+    for number in range(2):
+        idle.put(speak(number, 0.0))
+        assert spoken.acquire(timeout=10)  # begun
+        assert spoken.acquire(timeout=10)
+    assert not spoken.acquire(timeout=0.1)
+    idle.close()
+    thread.join(10)
+    assert wakes == [None] * len(wakes)  # it sleeps until somebody wakes it
+    assert len(wakes) <= 3
 
-    run(scenario)
+
+def test_two_workers_share_the_work():
+    async def main():
+        stubs = [Stub(), Stub()]
+        pool = VocoderPool([ThreadHost(At(stub)) for stub in stubs])
+        pool.start()
+        await pool.ready()
+        tasks = [asyncio.create_task(pool.submit(chunk(count=count))) for count in (50, 10, 20, 19, 1)]
+        for stub in stubs:
+            await asyncio.to_thread(stub.running.wait, 10)
+            stub.gate.set()
+        assert [heard(samples) for samples in await asyncio.gather(*tasks)] == [50, 10, 20, 19, 1]
+        await pool.close()
+        return [sorted(count for batch in stub.sizes for count in batch) for stub in stubs]
+
+    assert asyncio.run(main()) == [[1, 50], [10, 19, 20]]
+
+
+def test_one_of_two_workers_is_enough():
+    async def main():
+        good, bad = Stub(), Stub()
+        good.gate.set()
+        bad.gate.set()
+        bad.error, bad.fail = torch.AcceleratorError("gone"), {lost := utterance()}
+        pool = VocoderPool([ThreadHost(At(bad)), ThreadHost(At(good))])
+        pool.start()
+        await pool.ready()
+        with pytest.raises(EngineError):
+            await pool.submit(chunk(lost))
+        assert (pool.trouble, pool.is_alive) == (None, True)
+        assert heard(await pool.submit(chunk(lost, 3))) == 3.0
+        await pool.close()
+
+    asyncio.run(main())
+
+
+def test_news_after_the_loop_s_end_is_no_error():
+    async def main():
+        host = ThreadHost(At(Stub()))
+        host.start(lambda news: None)
+        return host
+
+    host = asyncio.run(main())
+    host._tell(Ready())
 
 
 def test_many_streams_through_a_real_vocoder():
@@ -267,17 +384,18 @@ def test_many_streams_through_a_real_vocoder():
         parts = [own.advance([Chunk(of, part, final=last)])[0] for part, last in _parts(tokens[seed])]
         expected.append(torch.cat(parts))
 
-    async def stream(worker, seed):
+    async def stream(pool, seed):
         of = opened(seed)
-        return torch.cat([await worker.submit(Chunk(of, part, final=last)) for part, last in _parts(tokens[seed])])
+        return torch.cat([await pool.submit(Chunk(of, part, final=last)) for part, last in _parts(tokens[seed])])
 
     async def main():
-        worker = VocoderWorker(own)
-        worker.start()
+        pool = VocoderPool([ThreadHost(At(own))])
+        pool.start()
+        await pool.ready()
         try:
-            return await asyncio.gather(*(stream(worker, seed) for seed in names))
+            return await asyncio.gather(*(stream(pool, seed) for seed in names))
         finally:
-            await worker.close()
+            await pool.close()
 
     for seed, samples in zip(names, asyncio.run(main()), strict=True):
         assert len(samples) == 960 * len(tokens[seed])

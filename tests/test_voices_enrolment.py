@@ -17,6 +17,7 @@ from chatterbox_vllm.audio.decode import Waveform, decode
 from chatterbox_vllm.checkpoint import DERIVED_KEYS, Checkpoint, Variant, load_strict, load_tensors
 from chatterbox_vllm.demo_checkpoint import networks, write_demo
 from chatterbox_vllm.errors import CheckpointError, InvalidAudio
+from chatterbox_vllm.voices import enrolment
 from chatterbox_vllm.voices.enrolment import Enroller, load_enrolment_parts, load_voice_encoder, warm_up
 from tests.audio_support import sound_file, voice_like
 
@@ -125,6 +126,23 @@ def test_unloading_is_not_the_end(checkpoint: Checkpoint) -> None:
     enroller.unload()
     assert enroller._networks is None
     assert enroller.enrol(Waveform(voice_like(1.0), 24_000)).digest == before.digest
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_networks_leave_a_gpu_that_is_short_of_memory(checkpoint: Checkpoint, short: bool, monkeypatch: Any) -> None:
+    moves: list[str] = []
+    to = enrolment._Networks.to
+    monkeypatch.setattr(enrolment, "is_short_of_memory", lambda device: short and device == "cpu:0")
+    monkeypatch.setattr(enrolment._Networks, "to", lambda self, device: (moves.append(device), to(self, device)))
+    enroller = Enroller(checkpoint, device="cpu:0")  # stands for a GPU
+    first, again = (enroller.enrol(Waveform(voice_like(1.0), 24_000)) for _ in range(2))
+    assert moves == ["cpu:0", *(["cpu"] if short else [])] * 2
+    assert first.digest == again.digest
+
+
+def test_how_much_is_short_of_memory(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30 * {"cuda:0": 3, "cuda:1": 5}[device], 2**35))
+    assert [enrolment.is_short_of_memory(device) for device in ("cpu", "cuda:0", "cuda:1")] == [False, True, False]
 
 
 def test_multilingual_files(tmp_path: Path) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -17,8 +23,9 @@ from chatterbox_vllm.demo_checkpoint import networks
 from chatterbox_vllm.types import SPOKEN_TOKENS, VoiceFeatures
 from chatterbox_vllm.vocoder import noise, weights
 from chatterbox_vllm.vocoder.noise import Stream
-from chatterbox_vllm.vocoder.stage import Vocoder
-from chatterbox_vllm.vocoder.utterance import Chunk, Utterance
+from chatterbox_vllm.vocoder.stage import Blueprint, Vocoder
+from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, open_utterance
+from chatterbox_vllm.vocoder.worker import VocoderPool
 
 OWN = ("flow.", "mel2wav.")
 
@@ -40,6 +47,101 @@ def tensors() -> dict[str, Tensor]:
 
 def vocoder(**options) -> Vocoder:
     return Vocoder(weights.build(tensors(), Path("s3gen.safetensors")), **options)
+
+
+@dataclass(frozen=True)
+class At(Blueprint):
+    """Gives a worker in this process the vocoder at hand, or the error."""
+
+    path: Any = None
+
+    def read(self) -> Any:
+        if isinstance(self.path, Exception):
+            raise self.path
+        return self.path
+
+    def build(self, networks: Any) -> Any:
+        return networks
+
+
+class Order(IntEnum):
+    """What the first token of a chunk has the vocoder of ``Scripted`` do."""
+
+    COUNT = 0
+    HOLD = 1
+    LOSE_DEVICE = 2
+    CRASH = 3
+    TELL_PID = 4
+    LOG = 5
+
+
+@dataclass(frozen=True)
+class Scripted(Blueprint):
+    """Gives a process a vocoder that does as it is told; with a ``path``, other chunks are really spoken.
+
+    Args:
+        folder: where two pipes are: "running" is opened when a batch is held, which ends when "gate" is opened.
+        starts: starts that succeed; further ones crash.
+    """
+
+    path: Any = None
+    folder: Path = Path()
+    starts: int = 1000
+
+    def read(self) -> Any:
+        return self.path and super().read()
+
+    def build(self, networks: Any) -> Any:
+        with (self.folder / "starts").open("a+") as file:
+            file.write("x")
+            if file.tell() > self.starts:
+                os._exit(7)
+        return _Obedient(self.folder, networks and super().build(networks))
+
+
+class _Obedient:
+    max_frames = 1
+
+    def __init__(self, folder: Path, real: Vocoder | None) -> None:
+        self.folder, self.real, self.spoken = folder, real, 0
+
+    def speak(self, steps: Sequence[Step]) -> list[Said]:
+        value, order = float(self.spoken), steps[0].tokens[0].item()
+        self.spoken += 1
+        if order == Order.HOLD:
+            (self.folder / "running").open("w").close()
+            (self.folder / "gate").open().close()
+        elif order == Order.LOSE_DEVICE:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+        elif order == Order.CRASH:
+            os._exit(3)
+        elif order == Order.TELL_PID:
+            value = float(os.getpid())
+        elif order == Order.LOG:
+            logging.getLogger("chatterbox_vllm.test").info("%d steps", len(steps))
+        elif self.real is not None:
+            return self.real.speak(steps)
+        return [said(step, value) for step in steps]
+
+
+def told(order: Order, *, due: float = 0.0) -> Chunk:
+    """A chunk for a vocoder of ``Scripted``."""
+    return Chunk(open_utterance(voice(5), seed=0), torch.tensor([order, 0, 0]), final=True, due=due)
+
+
+async def held(pool: VocoderPool, folder: Path) -> asyncio.Task[Tensor]:
+    """A chunk that a vocoder of ``Scripted`` speaks until the gate is opened."""
+    task = asyncio.create_task(pool.submit(told(Order.HOLD)))
+    await asyncio.to_thread((folder / "running").read_bytes)
+    while pool.waiting:  # noqa: ASYNC110  # what began it is told soon
+        await asyncio.sleep(0)
+    return task
+
+
+def said(step: Step, value: float) -> Said:
+    """A sound of the right length, all of it ``value``."""
+    samples = torch.full((480 * (step.released - step.utterance.released),), value)
+    return Said(samples, torch.zeros(step.committed - step.known, 80), torch.zeros(9, dtype=torch.float64))
 
 
 def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:

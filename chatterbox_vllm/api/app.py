@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import Depends, FastAPI
 
 from chatterbox_vllm import __version__
-from chatterbox_vllm.api import faults, health, models, speech, voices
+from chatterbox_vllm.api import faults, health, metrics, models, speech, voices
 from chatterbox_vllm.api.admission import Admission
 from chatterbox_vllm.api.auth import require_key
 from chatterbox_vllm.api.drain import DrainingServer
@@ -34,6 +34,9 @@ _PASSED_ON: Final = (
     "gpu_memory_utilization",
     "quantization",
     "vocoder_device",
+    "vocoder_process",
+    "vocoder_dtype",
+    "mps",
     "mask_invalid_tokens",
     "watermark",
     "voices_dir",
@@ -43,7 +46,7 @@ _PASSED_ON: Final = (
 
 
 def create_app(settings: Settings, engine: AsyncChatterbox | None = None) -> FastAPI:
-    """The ASGI application; ``app.state.services`` is its state.
+    """The ASGI application; ``app.state.services`` is its state, ``app.state.metrics`` its figures.
 
     Args:
         engine: speaks; it stays the caller's to shut down. None: the app starts one of its own beside serving, so that
@@ -53,8 +56,9 @@ def create_app(settings: Settings, engine: AsyncChatterbox | None = None) -> Fas
         title="Chatterbox", version=__version__, lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.state.services = Services(settings, Admission(settings.max_concurrent_requests), engine)
+    app.state.metrics = metrics.Metrics(app.state.services)
     app.include_router(health.router)
-    for part in (speech, models, voices):
+    for part in (speech, models, voices, metrics):
         app.include_router(part.router, dependencies=[Depends(require_key)])
     app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(require_key)])(_schema_of(app))
     app.add_middleware(RequestId)
@@ -174,5 +178,8 @@ def _schedule(settings: Settings) -> Any:
     from chatterbox_vllm.vocoder.schedule import ChunkSchedule
 
     return ChunkSchedule(
-        first=settings.first_chunk_tokens, growth=settings.chunk_growth, largest=settings.largest_chunk_tokens
+        first=settings.first_chunk_tokens,
+        growth=settings.chunk_growth,
+        largest=settings.largest_chunk_tokens,
+        alone=settings.lone_chunk_tokens,
     )

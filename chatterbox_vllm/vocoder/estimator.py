@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chatterbox_vllm.vocoder import teams
+
 HEAD_DIM: Final = 64
 
 
@@ -96,7 +98,20 @@ def _run(resnet: nn.Module, blocks: nn.ModuleList, x: Tensor, shift: Tensor, mas
 
 def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """A convolution of kernel 1 over (B, T, channels); not as a matrix product, which rounds differently."""
-    return conv(x.transpose(1, 2)).transpose(1, 2)
+    return _convolved(conv, x.transpose(1, 2)).transpose(1, 2)
+
+
+def _convolved(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """``conv(x)``, with the kernel that torch would choose if both halves of the guidance and all threads were here.
+
+    On a CPU it looks at the batch and at its threads, of which a team has half, and the kernels round differently.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return F.conv1d(x, conv.weight, conv.bias)
+    if conv.kernel_size == (1,) and teams.threads() == 1:
+        return F.conv1d(x, conv.weight, conv.bias)
+    result: Tensor = torch.ops.aten.mkldnn_convolution(x.contiguous(), conv.weight, conv.bias, [0], [1], [1], 1)
+    return result
 
 
 class TimeEmbedding(nn.Module):
@@ -122,7 +137,7 @@ class CausalConv(nn.Conv1d):
         super().__init__(inputs, outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2).contiguous()
+        return _convolved(self, F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2).contiguous()
 
 
 class CausalBlock(nn.Module):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chatterbox_vllm.vocoder import teams
 from chatterbox_vllm.vocoder.encoder import Encoder, EncoderSizes
 from chatterbox_vllm.vocoder.estimator import Estimator, EstimatorSizes
 
@@ -84,9 +86,19 @@ class Flow(nn.Module):
         x = noise
         for shifts, length in zip(self._shifts_of(steps, noise.device), lengths, strict=True):
             doubled = torch.cat([x, x]).to(given.dtype)
-            guided, free = self.estimator(torch.cat([doubled, given], dim=-1), shifts, attended).float().chunk(2)
+            guided, free = self._velocities(torch.cat([doubled, given], dim=-1), shifts, attended).float().chunk(2)
             x = x + length * ((1.0 + GUIDANCE) * guided - GUIDANCE * free)
         return x
+
+    def _velocities(self, x: Tensor, shifts: Tensor, mask: Tensor | None) -> Tensor:
+        """The estimator's; on a CPU, the two halves of the batch at the same time."""
+        estimator = self.estimator
+        if not teams.can_share(x.device):
+            velocities: Tensor = estimator(x, shifts, mask)
+            return velocities
+        masks = (None, None) if mask is None else mask.chunk(2)
+        halves = [partial(estimator.forward, rows, shifts, own) for rows, own in zip(x.chunk(2), masks, strict=True)]
+        return torch.cat(teams.together(halves, x.device))
 
     def _shifts_of(self, steps: int, device: torch.device) -> Tensor:
         """(steps, resnets, width), kept: requests take few different numbers of steps, mostly 10."""

@@ -1,49 +1,97 @@
-"""How many tokens make a chunk of a stream.
+"""How many tokens make a chunk of a stream, and when its sound is due.
 
 Every chunk recomputes the flow over the recording and all tokens so far. Chunks that grow keep that work within a small
 multiple of the whole file's, and the first sound early; a largest size bounds how far a stream can fall silent behind
 a slow language model. The vocoder holds back ``encoder.LOOKAHEAD_TOKENS`` and ``hift.REACH`` frames, 13 tokens
 together, so a first chunk of n tokens gives n - 13 tokens' sound, 40 ms each, of which the first 20 ms are silence and
-the next 20 ms fade in. 20 tokens give a player 280 ms to start with.
+the next 20 ms fade in.
+
+A stream that has the vocoder to itself begins with a short chunk: its 80 ms of sound last until the second one, whose
+tokens came while the first was spoken. In company the second one would have to wait, and the listener would hear a
+pause: there the first chunk is longer, which gives a player 480 ms to start with, and growing from it is a third of the
+work less. A stream with a seed always begins so, lest its sound depend on its company.
+
+When a chunk is spoken is another matter: a stream's first chunk is due at once, a later one shortly before its listener
+has heard all there is, and a whole file after some patience. What is due first goes first, so nothing waits for ever.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.types import SAMPLE_RATE
+
+MARGIN: Final = 0.25
+"""Seconds before its listener's last sample that a stream's next chunk is due: it takes time to be spoken and sent."""
+PATIENCE: Final = 2.0
+"""Seconds after which a whole file is due; meanwhile streams go first."""
 
 
 @dataclass(frozen=True)
 class ChunkSchedule:
-    """Sizes of the chunks of one stream.
+    """Sizes of the chunks of one stream: with the defaults 25, 50, 100, ..., of one that is alone 15, 15, 30, ...
 
     Args:
         first: tokens of the first chunk.
-        growth: by what each chunk is longer than the one before.
+        alone: tokens of the first two chunks each, if there is no other stream when it begins.
+        growth: by what each further chunk is longer than the one before.
         largest: no chunk is longer.
 
     Raises:
         ConfigurationError: a value is out of range; ``param`` names it.
     """
 
-    first: int = 20
+    first: int = 25
+    alone: int = 15
     growth: float = 2.0
     largest: int = 240
 
     def __post_init__(self) -> None:
-        if self.first < 1:
-            raise ConfigurationError(f"first must be at least 1 token, not {self.first}", param="first")
+        for name, size in (("first", self.first), ("alone", self.alone)):
+            if size < 1:
+                raise ConfigurationError(f"{name} must be at least 1 token, not {size}", param=name)
         if not 1.0 <= self.growth < math.inf:
             raise ConfigurationError(f"growth must be at least 1, not {self.growth}", param="growth")
         if self.largest < self.first:
             raise ConfigurationError(f"largest must be at least first, not {self.largest}", param="largest")
 
-    def sizes(self) -> Iterator[int]:
+    def sizes(self, *, alone: bool) -> Iterator[int]:
         """Token counts of the chunks, without end."""
         size = float(self.first)
+        if alone:
+            yield min(self.largest, self.alone)
+            size = float(self.alone)
         while True:
             yield min(self.largest, int(size))
             size = min(float(self.largest), size * self.growth)
+
+
+class Playback:
+    """When a listener who plays a stream from its first sound on has heard all there is.
+
+    After a pause in the sound the player goes on from where it was.
+    """
+
+    def __init__(self) -> None:
+        self._dry: float | None = None
+
+    def delivered(self, samples: int) -> None:
+        """Notes that so many more samples are there to be heard."""
+        if samples:
+            now = time.monotonic()
+            self._dry = max(now, self._dry or now) + samples / SAMPLE_RATE
+
+    @property
+    def due(self) -> float:
+        """When the stream's next chunk is due, in ``time.monotonic``'s seconds."""
+        return time.monotonic() if self._dry is None else self._dry - MARGIN
+
+
+def due_of_file() -> float:
+    """When a whole file that is asked for now is due, in ``time.monotonic``'s seconds."""
+    return time.monotonic() + PATIENCE

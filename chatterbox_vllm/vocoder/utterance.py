@@ -10,33 +10,40 @@ give so far:
 The last tokens lack the look-ahead of the encoder and give no frames yet. The frames before them still move most: they
 are a margin that only lends its neighbours' pitch a context. Samples are released where everything HiFT sees is
 committed, so they are what HiFT makes of the whole committed mel. The final chunk holds nothing back.
+
+The state lies on the CPU, with whoever asked: a vocoder keeps nothing of an utterance. A chunk becomes a ``Step``, with
+all that a vocoder needs, and the ``Said`` that comes back is all that the next step needs. So any vocoder can speak any
+step, and one that dies takes no utterance with it.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from chatterbox_vllm.types import VoiceFeatures
+from chatterbox_vllm.types import SpeechOptions, VoiceFeatures
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN, LOOKAHEAD_TOKENS
 from chatterbox_vllm.vocoder.hift import DECODER_REACH, REACH
-from chatterbox_vllm.vocoder.prompts import check_tokens, usable_tokens
+from chatterbox_vllm.vocoder.prompts import MELS, check_tokens, check_voice, usable_tokens
 from chatterbox_vllm.vocoder.source import PITCH_REACH
 
 
 @dataclass(eq=False)
 class Utterance:
-    """One request: made by ``Vocoder.open``, changed by ``Vocoder.advance`` alone, freed by dropping it.
+    """One request: made by ``open_utterance``, changed by ``Step.settle`` alone, freed by dropping it.
+
+    All tensors are on the CPU.
 
     Args:
         voice: whose voice.
         seed: of all its noise.
         diffusion_steps: Euler steps of its flow.
         tokens: (n,) int64 speech tokens received so far.
-        mel: (committed, 80) float32 log-mel on the vocoder's device.
-        cycles: (waves,) float64 there, how far the source's waves had turned before frame ``cycles_frame``.
+        mel: (committed, 80) float32 log-mel; None before the first sound.
+        cycles: (waves,) float64, how far the source's waves had turned before frame ``cycles_frame``.
         cycles_frame: see ``cycles``.
         released: frames whose samples were returned.
         finished: the final chunk was taken.
@@ -55,12 +62,18 @@ class Utterance:
     @property
     def left(self) -> int:
         """The first frame that HiFT needs to go on."""
-        return max(0, self.released - REACH)
+        return _left(self.released)
 
-    @property
-    def is_silent(self) -> bool:
-        """Nothing was heard of it yet: its next sound is what somebody waits for."""
-        return self.released == 0
+
+def open_utterance(voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10) -> Utterance:
+    """Starts an utterance. It holds nothing that would need closing.
+
+    Raises:
+        InvalidRequest: ``voice`` does not fit, or ``diffusion_steps`` is out of range; ``param`` says which.
+    """
+    check_voice(voice)
+    SpeechOptions(seed=seed, diffusion_steps=diffusion_steps)  # knows their ranges
+    return Utterance(voice, seed, diffusion_steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +84,7 @@ class Chunk:
         utterance: whose.
         tokens: (n,) int64 on the CPU, those that follow what was handed over before; may be empty.
         final: no more will come.
+        due: when its sound is wanted, in ``time.monotonic``'s seconds: of what waits, the earliest is spoken first.
 
     Raises:
         InvalidRequest: see ``check_tokens``; ``param`` is ``tokens``.
@@ -79,15 +93,25 @@ class Chunk:
     utterance: Utterance
     tokens: Tensor
     final: bool
+    due: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens)
 
-    @property
-    def flow_frames(self) -> int:
-        """Frames that the flow has to work on for it, the recording's among them."""
-        utterance = self.utterance
-        return FRAMES_PER_TOKEN * (usable_tokens(utterance.voice) + len(utterance.tokens) + len(self.tokens))
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What a step gives, on the CPU.
+
+    Args:
+        samples: (480 n,) float32, those of the n frames that it releases.
+        mel: (m, 80) float32, the frames that it commits.
+        cycles: (waves,) float64, before the step's ``cycles_frame``.
+    """
+
+    samples: Tensor
+    mel: Tensor
+    cycles: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,47 +119,61 @@ class Step:
     """What one chunk makes the vocoder do. Counts are frames of speech from the utterance's start.
 
     Args:
+        utterance: as it is before; of its tensors, a vocoder reads the voice and ``cycles``.
         tokens: (n,) int64, all of the utterance's.
+        context: (c, 80) float32, what is committed from ``utterance.left`` on.
         frames: those the flow computes.
         committed: those that are final afterwards.
         released: those whose samples are out afterwards.
+        final: no more tokens will come.
     """
 
     utterance: Utterance
     tokens: Tensor
+    context: Tensor
     frames: int
     committed: int
     released: int
     final: bool
 
     @property
+    def is_streamed(self) -> bool:
+        """It is a part of its utterance's sound: somebody listens already, or will before the rest is there."""
+        return not self.final or self.utterance.released > 0
+
+    @property
     def is_idle(self) -> bool:
         """Nothing new can be said, so the flow need not run."""
         return self.released <= self.utterance.released
 
-    def joined(self, mel: Tensor) -> Tensor:
-        """(frames, 80): what is committed, then what the flow has just made of the frames after it."""
-        committed = self.utterance.mel
-        return mel.clone() if committed is None else torch.cat([committed, mel[len(committed) :]])
+    @property
+    def flow_frames(self) -> int:
+        """Frames that the flow has to work on for it, the recording's among them."""
+        return FRAMES_PER_TOKEN * (usable_tokens(self.utterance.voice) + len(self.tokens))
+
+    @property
+    def known(self) -> int:
+        """Frames that were committed before."""
+        return self.utterance.left + len(self.context)
+
+    @property
+    def cycles_frame(self) -> int:
+        """Where the next step's waves go on; where a stretch is cut, its first frames lack their pitch's context."""
+        left = _left(self.released)
+        return left + PITCH_REACH if left else 0
 
     def take(self) -> None:
         """Notes that the chunk's tokens are in."""
         self.utterance.tokens = self.tokens
         self.utterance.finished = self.final
 
-    def settle(self, mel: Tensor, cycles: Tensor) -> None:
-        """Notes what was said.
-
-        Args:
-            mel: see ``joined``.
-            cycles: (waves, F + 1) float64, for the frames from ``utterance.left`` on.
-        """
-        utterance, before = self.utterance, self.utterance.left
-        utterance.mel = mel[: self.committed]
+    def settle(self, said: Said) -> None:
+        """Notes what was said, and takes the tokens."""
+        utterance = self.utterance
+        utterance.mel = said.mel if utterance.mel is None else torch.cat([utterance.mel, said.mel])
         utterance.released = self.released
-        # Where a stretch is cut, its first frames lack the context that their pitch needs.
-        utterance.cycles_frame = utterance.left + PITCH_REACH if utterance.left else 0
-        utterance.cycles = cycles[:, utterance.cycles_frame - before].clone()
+        utterance.cycles, utterance.cycles_frame = said.cycles, self.cycles_frame
+        self.take()
 
 
 def plan(chunk: Chunk) -> Step:
@@ -148,9 +186,14 @@ def plan(chunk: Chunk) -> Step:
     if utterance.finished:
         raise ValueError("a chunk came after the utterance's final one")
     tokens = torch.cat([utterance.tokens, chunk.tokens])
+    context = torch.empty(0, MELS) if utterance.mel is None else utterance.mel[utterance.left :]
     if chunk.final:
         frames = FRAMES_PER_TOKEN * len(tokens)
-        return Step(utterance, tokens, frames, frames, frames, final=True)
+        return Step(utterance, tokens, context, frames, frames, frames, final=True)
     frames = FRAMES_PER_TOKEN * (len(tokens) - LOOKAHEAD_TOKENS)
     released = max(utterance.released, frames - REACH)
-    return Step(utterance, tokens, frames, released + DECODER_REACH, released, final=False)
+    return Step(utterance, tokens, context, frames, released + DECODER_REACH, released, final=False)
+
+
+def _left(released: int) -> int:
+    return max(0, released - REACH)

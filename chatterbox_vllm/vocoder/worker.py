@@ -1,212 +1,316 @@
-"""A thread that owns a vocoder, and its front for asyncio.
+"""The vocoder's front for asyncio: one or several workers, and whose chunk goes to which.
 
-Whatever waits when the vocoder is free makes the next batch, up to ``max_batch`` chunks and ``max_frames`` mel frames.
-The oldest goes first, but a stream's first chunk counts as ``FIRST_CHUNK_BONUS`` older than it is, because somebody
-waits for it; not more, lest new streams silence those that sound. After an error that leaves the device unusable the
-thread ends, so that whoever watches ``is_alive`` can start the program anew.
-A vocoder that speaks every utterance alone, as on a CPU, gets them one by one, so that none waits for another's end.
+A chunk goes to the worker with the least to do. What waits there is spoken in the order in which it is due (see
+``service.pick``). When a worker dies, only the chunks of the batch that it ran fail; the others go to another one, or
+wait for it to come back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from chatterbox_vllm.errors import EngineDead, EngineError
-from chatterbox_vllm.vocoder.stage import Vocoder
-from chatterbox_vllm.vocoder.utterance import Chunk, Utterance
+from chatterbox_vllm.vocoder.host import GRACE, Host
+from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, plan
+from chatterbox_vllm.vocoder.wire import Begun, Drop, Ended, Failed, News, Read, Ready, Speak, Spoken
 
 logger: Final = logging.getLogger(__name__)
 
-FIRST_CHUNK_BONUS: Final = 0.5
-"""Seconds by which a stream's first chunk may overtake: about what a listening client has in its buffer."""
-DEVICE_LOST: Final[tuple[type[Exception], ...]] = (torch.AcceleratorError,)
-"""What a failed kernel raises. The device's context does not survive it. Want of memory is no such error."""
+GONE: Final = "the vocoder has died; restart the server"
+RESTARTING: Final = "the vocoder is restarting"
+MOVES: Final = 3
+"""A chunk that was in the queues of so many workers that died is given up: it may be what they died of."""
+
+
+@dataclass(frozen=True)
+class VocoderStats:
+    """What the vocoder's workers did so far, together.
+
+    Args:
+        batches: that were finished.
+        chunks: in those.
+        frames: of mel that the flow worked on for them, recordings included.
+        busy_seconds: in which a batch ran.
+        queue_wait_seconds: that those chunks waited for their batch to begin, summed up.
+        failures: batches that failed, or that a worker died of.
+        restarts: times that a worker died and was started anew.
+        waiting: chunks that wait now.
+    """
+
+    batches: int = 0
+    chunks: int = 0
+    frames: int = 0
+    busy_seconds: float = 0.0
+    queue_wait_seconds: float = 0.0
+    failures: int = 0
+    restarts: int = 0
+    waiting: int = 0
 
 
 @dataclass(eq=False)
 class _Job:
-    chunk: Chunk
-    answer: asyncio.Future[Tensor]
-    cancelled: bool = field(default=False)
-    came: float = field(default_factory=time.monotonic)
+    speak: Speak
+    answer: asyncio.Future[Said]
+    frames: int
+    begun: bool = False
+    moves: int = 0
+
+    def fail(self, error: EngineError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One host, and what it was given."""
+
+    host: Host
+    read: asyncio.Future[None]
+    ready: asyncio.Future[None]
+    jobs: dict[int, _Job] = field(default_factory=dict)
+    up: bool = False
+    dead: bool = False
 
     @property
-    def due(self) -> float:
-        """When it came, less the bonus; whole files, which are final from the start, have none."""
-        chunk = self.chunk
-        return self.came - (FIRST_CHUNK_BONUS if chunk.utterance.is_silent and not chunk.final else 0.0)
+    def frames(self) -> int:
+        """Of its jobs, those that run among them."""
+        return sum(job.frames for job in self.jobs.values())
+
+    def taken(self, numbers: Sequence[int]) -> Iterator[_Job]:
+        """Takes jobs off its list; some may have been taken back."""
+        return (job for number in numbers if (job := self.jobs.pop(number, None)) is not None)
 
 
-class VocoderWorker:
-    """Batches the chunks of many utterances. Its methods belong to one event loop.
+class VocoderPool:
+    """Has chunks spoken by one or several workers. All belongs to one event loop.
 
     Args:
-        vocoder: from now on the worker's alone, but for ``Vocoder.open``.
-        max_batch: the most chunks in one batch.
-        max_frames: the most mel frames in one batch, recordings included; None is what the vocoder runs at once.
-        max_wait: seconds to wait for company once a chunk is there; 0 takes what is there.
-        max_waiting: the most chunks in the queue and in work; further ``submit`` calls wait for a place.
+        hosts: where the workers run; from now on the pool's alone.
+        max_waiting: the most chunks in the queues and in work; further ``submit`` calls wait for a place.
     """
 
-    def __init__(
-        self,
-        vocoder: Vocoder,
-        *,
-        max_batch: int = 32,
-        max_frames: int | None = None,
-        max_wait: float = 0.0,
-        max_waiting: int = 1024,
-    ) -> None:
-        self.vocoder = vocoder
-        self.max_batch = max_batch
-        self.max_frames = max_frames or vocoder.max_frames
-        self.max_wait = max_wait
+    def __init__(self, hosts: Sequence[Host], *, max_waiting: int = 1024) -> None:
+        self._hosts = hosts
+        self._workers: list[_Worker] = []
         self._places = asyncio.Semaphore(max_waiting)
-        self._jobs: list[_Job] = []
-        self._refused: list[_Job] = []
-        self._changed = threading.Condition()
+        self._numbers = count()
+        self._homeless: dict[int, _Job] = {}
+        self._speaking: set[Utterance] = set()
+        self._stats = VocoderStats()
         self._closing = False
-        self._device_lost = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="vocoder", daemon=True)
 
     @property
     def waiting(self) -> int:
-        """Chunks in the queue, the batch that runs not among them."""
-        return len(self._jobs)
+        """Chunks that were submitted and have not begun."""
+        begun = sum(job.begun for worker in self._workers for job in worker.jobs.values())
+        return len(self._homeless) + sum(len(worker.jobs) for worker in self._workers) - begun
+
+    @property
+    def stats(self) -> VocoderStats:
+        return replace(self._stats, waiting=self.waiting)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no chunk can be spoken now; None if it can."""
+        if not self.is_alive:
+            return GONE
+        return None if any(worker.up for worker in self._workers) else RESTARTING
 
     @property
     def is_alive(self) -> bool:
-        """The thread runs and takes chunks."""
-        return self._thread.is_alive() and not self._closing and not self._device_lost
+        """Takes chunks, and speaks them now or when a worker is back."""
+        return not self._closing and self._has_workers
+
+    @property
+    def _has_workers(self) -> bool:
+        return any(not worker.dead for worker in self._workers)
 
     def start(self) -> None:
-        """Starts the thread; to be called once, within the event loop."""
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        """Has the workers read their checkpoint, where that disturbs nobody; to be called once."""
+        loop = asyncio.get_running_loop()
+        self._workers = [_Worker(host, loop.create_future(), loop.create_future()) for host in self._hosts]
+        for worker in self._workers:
+            worker.host.start(partial(self._heard, worker))
+
+    async def read(self) -> None:
+        """Waits until that is done.
+
+        Raises:
+            CheckpointError, ConfigurationError, EngineError: a worker's checkpoint cannot be read.
+        """
+        await asyncio.gather(*(worker.read for worker in self._workers))
+
+    async def ready(self) -> None:
+        """Has the workers take their devices' memory, and waits until all of them speak.
+
+        Raises:
+            CheckpointError, ConfigurationError, EngineError: a worker cannot be loaded.
+        """
+        for worker in self._workers:
+            worker.host.build()
+        await asyncio.gather(*(worker.ready for worker in self._workers))
 
     async def submit(self, chunk: Chunk) -> Tensor:
-        """Has one chunk spoken. An utterance's chunks are spoken in the order of their submission.
+        """Has one chunk spoken. Of one utterance, a chunk is submitted when the one before it is answered.
 
-        Cancelling drops the chunk if it has not begun; its utterance is then of no more use.
+        After an error, or if it is cancelled, the utterance is as it was before.
 
         Returns:
             (n,) float32 samples on the CPU, as ``Vocoder.advance`` gives them.
 
         Raises:
-            EngineError: its batch failed; ``__cause__`` is what went wrong.
-            EngineDead: the worker is closed, was closed meanwhile, or never started.
+            EngineError: its batch failed, or its worker died with it.
+            EngineDead: the pool is closed, was closed meanwhile, was never started, or all its workers are dead.
+            ValueError: another chunk of the utterance is not answered yet, or was its final one.
         """
         async with self._places:
-            job = _Job(chunk, asyncio.get_running_loop().create_future())
-            with self._changed:
-                if self._loop is None or self._closing:
-                    raise EngineDead("the vocoder is not running")
-                self._jobs.append(job)
-                self._changed.notify()
-            try:
-                return await job.answer
-            finally:
-                job.cancelled = job.answer.cancelled()
+            if not self.is_alive:
+                raise EngineDead("the vocoder is not running")
+            if chunk.utterance in self._speaking:
+                raise ValueError("a chunk of this utterance is not answered yet; await it first")
+            step = plan(chunk)
+            if step.is_idle:
+                step.take()
+                return torch.empty(0)
+            said = await self._said(step, chunk.due)
+            step.settle(said)
+            return said.samples
 
     async def close(self, *, drain: bool = True) -> None:
-        """Ends the thread, after what waits is spoken or, without ``drain``, refused. May be called again."""
-        with self._changed:
-            self._closing = True
-            if not drain:
-                self._refused, self._jobs = self._jobs, []
-            self._changed.notify()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+        """Ends the workers, after what waits is spoken or, without ``drain``, refused. May be called again."""
+        self._closing = True
+        if not drain:
+            self._refuse(EngineDead("the vocoder has ended"))
+        running = [job.answer for job in self._jobs()]
+        if running:
+            await asyncio.wait(running, timeout=None if drain else GRACE)
+        await asyncio.gather(*(worker.host.end() for worker in self._workers))
+        for job in self._jobs():
+            job.fail(EngineDead("the vocoder has ended"))
 
-    def _run(self) -> None:
+    async def _said(self, step: Step, due: float) -> Said:
+        number = next(self._numbers)
+        speak = Speak(number, step, due, came=time.monotonic())
+        job = _Job(speak, asyncio.get_running_loop().create_future(), step.flow_frames)
+        self._speaking.add(step.utterance)
         try:
-            while self._turn():
-                pass
+            self._place(job)
+            return await job.answer
         finally:
-            with self._changed:
-                self._closing = True
-                left = self._refused + self._jobs
-            self._deliver([(job, EngineDead("the vocoder has ended")) for job in left])
+            self._speaking.discard(step.utterance)
+            self._forget(number)
 
-    def _turn(self) -> bool:
-        """Speaks one batch and lets go of it, so that an idle worker holds no utterance; False to end the thread."""
-        batch = self._next_batch()
-        if batch:
-            answers = self._speak([job.chunk for job in batch])
-            self._deliver(list(zip(batch, answers, strict=True)))
-        return bool(batch) and not self._device_lost
+    def _jobs(self) -> list[_Job]:
+        return [*self._homeless.values(), *(job for worker in self._workers for job in worker.jobs.values())]
 
-    def _next_batch(self) -> list[_Job]:
-        """Waits for jobs and takes them off the queue; empty when there will be no more."""
-        with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._jobs or self._closing)
-                if self.max_wait > 0:
-                    self._changed.wait_for(lambda: len(self._jobs) >= self.max_batch or self._closing, self.max_wait)
-                self._jobs = [job for job in self._jobs if not job.cancelled]
-                batch = pick(self._jobs, self.max_batch, self.max_frames)
-                taken = set(batch)
-                self._jobs = [job for job in self._jobs if job not in taken]
-                if batch or self._closing:
-                    return batch
-
-    def _speak(self, chunks: list[Chunk]) -> Sequence[Tensor | EngineError]:
-        began = time.perf_counter()
-        try:
-            sounds = self.vocoder.advance(chunks)
-        except Exception as error:  # whatever it is, the requests outside this batch must not suffer
-            logger.exception("the vocoder failed on a batch of %d chunks", len(chunks))
-            self._device_lost = isinstance(error, DEVICE_LOST)
-            return [_failure(error) for _ in chunks]
-        logger.debug("spoke %d chunks in %.0f ms", len(chunks), 1e3 * (time.perf_counter() - began))
-        return sounds
-
-    def _deliver(self, answers: list[tuple[_Job, Tensor | EngineError]]) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(_answer, answers)
-        except RuntimeError:
-            logger.debug("the event loop has ended; nobody waits for %d chunks", len(answers))
-
-
-def pick(jobs: Sequence[_Job], max_batch: int, max_frames: int) -> list[_Job]:
-    """The next batch, in the order of ``due``: one chunk of each utterance, and at least one chunk."""
-    batch: list[_Job] = []
-    taken: set[Utterance] = set()
-    frames = 0
-    for job in sorted(jobs, key=lambda job: job.due):
-        if job.chunk.utterance in taken:
-            continue
-        frames += job.chunk.flow_frames
-        if len(batch) == max_batch or (batch and frames > max_frames):
-            break
-        taken.add(job.chunk.utterance)
-        batch.append(job)
-    return batch
-
-
-def _failure(cause: Exception) -> EngineError:
-    error = EngineError(f"the vocoder failed: {type(cause).__name__}: {cause}")
-    error.__cause__ = cause
-    return error
-
-
-def _answer(answers: Sequence[tuple[_Job, Tensor | EngineError]]) -> None:
-    """Runs in the event loop, to which futures belong."""
-    for job, answer in answers:
-        if job.answer.done():
-            continue
-        if isinstance(answer, Tensor):
-            job.answer.set_result(answer)
+    def _place(self, job: _Job) -> None:
+        """Gives a job to the worker that has least to do."""
+        up = [worker for worker in self._workers if worker.up]
+        if up:
+            worker = min(up, key=lambda worker: worker.frames)
+            worker.jobs[job.speak.job] = job
+            worker.host.send(job.speak)
+        elif self._has_workers:
+            self._homeless[job.speak.job] = job
         else:
-            job.answer.set_exception(answer)
+            job.fail(EngineDead(GONE))
+
+    def _forget(self, number: int) -> None:
+        """Takes back what nobody waits for any more; nothing if it was answered."""
+        self._homeless.pop(number, None)
+        for worker in self._workers:
+            if worker.jobs.pop(number, None):
+                worker.host.send(Drop(number))
+
+    def _refuse(self, error: EngineError) -> None:
+        """Fails what has not begun."""
+        for job in self._jobs():
+            if not job.begun:
+                job.fail(error)
+
+    def _heard(self, worker: _Worker, news: News) -> None:
+        match news:
+            case Read():
+                _settle(worker.read)
+            case Ready():
+                _settle(worker.ready)
+                self._up(worker)
+            case Ended(error, final):
+                self._ended(worker, error, final=final)
+            case Begun(numbers):
+                for job in filter(None, map(worker.jobs.get, numbers)):
+                    job.begun = True
+            case Spoken():
+                self._spoken(worker, news)
+            case Failed(numbers, reason):
+                self._count(failures=1)
+                for job in worker.taken(numbers):
+                    job.fail(EngineError(f"the vocoder failed: {reason}"))
+
+    def _up(self, worker: _Worker) -> None:
+        worker.up = True
+        waiting, self._homeless = self._homeless, {}
+        for job in waiting.values():
+            self._place(job)
+
+    def _spoken(self, worker: _Worker, news: Spoken) -> None:
+        self._count(
+            batches=1,
+            chunks=len(news.jobs),
+            frames=news.frames,
+            busy_seconds=news.busy_seconds,
+            queue_wait_seconds=sum(news.waits),
+        )
+        for number, said in zip(news.jobs, news.said, strict=True):
+            job = worker.jobs.pop(number, None)
+            if job is not None and not job.answer.done():
+                job.answer.set_result(said)
+
+    def _ended(self, worker: _Worker, error: Exception, *, final: bool) -> None:
+        """Fails what the worker was speaking, and finds another place for the rest."""
+        worker.up, worker.dead = False, final
+        if not self._closing:
+            _log_end(error, final=final, was_ready=worker.ready.done())
+            self._count(failures=int(any(job.begun for job in worker.jobs.values())), restarts=int(not final))
+        jobs, worker.jobs = worker.jobs, {}
+        for job in jobs.values():
+            job.moves += 1
+            if job.begun or job.moves == MOVES:
+                job.fail(EngineError(f"the vocoder died with this, try again: {error}"))
+            else:
+                self._place(job)
+        if final:
+            _settle(worker.read, error)
+            _settle(worker.ready, error)
+            if not self._has_workers:
+                self._refuse(EngineDead(GONE))
+
+    def _count(self, **more: float) -> None:
+        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + value for name, value in more.items()})
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None = None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
+        future.exception()  # it may be that nobody waits
+
+
+def _log_end(error: Exception, *, final: bool, was_ready: bool) -> None:
+    if not final:
+        logger.error("%s; starting it again", error)
+    elif was_ready:
+        logger.error("the vocoder is given up: %s", error, exc_info=error)

@@ -1,7 +1,8 @@
 """From a recording to voice features: upstream's ``ChatterboxTTS.prepare_conditionals``, number for number.
 
 Three networks serve nothing else (the speech tokenizer, CAMPPlus and the VoiceEncoder, 530 MB in all), so they are
-loaded at the first recording, without the rest of S3Gen, and can be dropped again.
+loaded at the first recording, without the rest of S3Gen. On a GPU that is short of memory they wait for the next
+recording in the machine's; and they can be dropped altogether.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from chatterbox_vllm.checkpoint import Checkpoint
 
 S3_RATE: Final = 16_000
+SPARE_BYTES: Final = 4 * 2**30
+"""A GPU with less free memory than this is short of it."""
 PROMPT_SECONDS: Final = 10
 T3_PROMPT_SECONDS: Final = 6
 _VOCODER_PARTS: Final = ("flow.", "mel2wav.")
@@ -45,6 +48,10 @@ class _Networks:
     tokenizer: Any
     speaker_encoder: Any
     voice_encoder: Any
+
+    def to(self, device: str) -> None:
+        for module in (self.tokenizer, self.speaker_encoder, self.voice_encoder):
+            module.to(device)
 
 
 class Enroller:
@@ -68,8 +75,14 @@ class Enroller:
         """
         with self._lock:
             networks = self._networks = self._networks or self._load()
-            with torch.inference_mode():
-                features = _enrol(networks, waveform, self._device)
+            networks.to(self._device)
+            try:
+                with torch.inference_mode():
+                    features = _enrol(networks, waveform, self._device)
+            finally:
+                if is_short_of_memory(self._device):
+                    networks.to("cpu")
+                    torch.cuda.empty_cache()
         try:
             return checked(features)
         except ValueError as error:
@@ -103,8 +116,15 @@ class Enroller:
     def _load(self) -> _Networks:
         tokenizer, speaker_encoder = load_enrolment_parts(self._checkpoint.s3gen)
         voice_encoder = load_voice_encoder(self._checkpoint.voice_encoder)
-        modules = (module.float().to(self._device).eval() for module in (tokenizer, speaker_encoder, voice_encoder))
-        return _Networks(*modules)
+        return _Networks(*(module.float().eval() for module in (tokenizer, speaker_encoder, voice_encoder)))
+
+
+def is_short_of_memory(device: str) -> bool:
+    """Whether ``device`` is a GPU whose free memory others may soon want: a batch of the vocoder takes gigabytes."""
+    if torch.device(device).type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return free < SPARE_BYTES
 
 
 def _check_parts(file: Path, prefixes: tuple[str, ...]) -> None:

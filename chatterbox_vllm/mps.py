@@ -1,0 +1,70 @@
+"""NVIDIA's Multi-Process Service, under which processes use a GPU at the same time instead of by turns.
+
+T3 and the vocoder are processes of their own. By turns, each waits for the other's slice of time, of about two
+milliseconds, even where both together would not fill the card.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from chatterbox_vllm.errors import ConfigurationError
+
+CONTROL: Final = "nvidia-cuda-mps-control"
+_SECONDS: Final = 20.0
+
+
+class Mps:
+    """A control daemon of our own, which ends with ``stop`` or with the program.
+
+    From now on this process and those that it starts share the GPU this way, if they have not used CUDA before.
+
+    Raises:
+        ConfigurationError: it cannot be started; ``param`` is ``mps``.
+    """
+
+    def __init__(self) -> None:
+        program = shutil.which(CONTROL)
+        if program is None:
+            raise ConfigurationError(
+                f"mps needs {CONTROL}, part of NVIDIA's driver, which was not found; leave mps out, or install it",
+                param="mps",
+            )
+        self._program = program
+        self._folder: Path | None = Path(tempfile.mkdtemp(prefix="chatterbox-mps-"))
+        for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
+            os.environ[name] = str(self._folder)
+        reply = self._run("-d")
+        if reply.returncode != 0:
+            self._remove()
+            reason = (reply.stderr or reply.stdout).strip() or f"exit status {reply.returncode}"
+            raise ConfigurationError(f"mps could not be started: {CONTROL} says: {reason}", param="mps")
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Ends the daemon, once the processes that use it are gone. May be called again."""
+        if self._folder is not None:
+            self._run(text="quit\n")
+            self._remove()
+
+    def _run(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self._program, *arguments],
+            input=text,
+            stdin=subprocess.DEVNULL if text is None else None,
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+
+    def _remove(self) -> None:
+        assert self._folder is not None
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder = None

@@ -1,0 +1,54 @@
+"""NVIDIA's MPS, played by a script."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.mps import CONTROL, Mps
+
+
+@pytest.fixture
+def control(tmp_path: Path, monkeypatch):
+    """Writes down how it is called; ``says`` makes it fail."""
+    for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
+        monkeypatch.setenv(name, "before")
+    program = tmp_path / CONTROL
+
+    def make(says: str = "") -> Path:
+        log = tmp_path / "calls"
+        failure = f"echo {says} >&2; exit 1" if says else "exit 0"
+        program.write_text(f'#!/bin/sh\necho "$1 $CUDA_MPS_PIPE_DIRECTORY $(cat)" >> {log}\n{failure}\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return log
+
+    return make
+
+
+def test_the_daemon_lives_between_start_and_stop(control):
+    log = control()
+    mps = Mps()
+    folder = os.environ["CUDA_MPS_PIPE_DIRECTORY"]
+    assert Path(folder).is_dir()
+    mps.stop()
+    mps.stop()
+    assert log.read_text().splitlines() == [f"-d {folder} ", f" {folder} quit"]
+    assert not Path(folder).exists()
+
+
+def test_a_daemon_that_does_not_start_says_why(control):
+    control(says="no permission")
+    with pytest.raises(ConfigurationError, match="no permission") as caught:
+        Mps()
+    assert caught.value.param == "mps"
+
+
+def test_no_driver_no_mps(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigurationError, match=CONTROL) as caught:
+        Mps()
+    assert caught.value.param == "mps"
