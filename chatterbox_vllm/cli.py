@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 LoadSettings = Callable[[Mapping[str, Any]], Settings]
 """Command-line values -> settings. ``server.py`` brings its own, which knows config.py."""
 
-BENCHES: Final = {"t3": "speech tokens a second of T3 alone"}
+BENCHES: Final = {
+    "t3": "speech tokens a second of T3 alone",
+    "vocoder": "sound a second of the vocoder alone",
+    "serve": "first audio, underruns and throughput of a server",
+}
 _SAMPLING: Final = ("exaggeration", "cfg_weight", "temperature", "top_p", "min_p", "repetition_penalty", "max_tokens")
 _SAY: Final = ("model", *_SAMPLING, "diffusion_steps", "device", "max_model_len", "gpu_memory_utilization")
 _SAY_TOO: Final = ("dtype", "quantization", "max_chunk_length", "voices_dir", "watermark", "engine_args", "debug")

@@ -61,6 +61,16 @@ class FakeChatterbox:
         self.requests: list[SpeechRequest] = []
         self.active = self.finished = self.aborted = 0
         self.dead = False
+        self.vocoder_stats = SimpleNamespace(
+            batches=2,
+            chunks=6,
+            frames=900,
+            busy_seconds=0.5,
+            queue_wait_seconds=0.25,
+            failures=0,
+            restarts=0,
+            waiting=1,
+        )
 
     def health(self) -> SimpleNamespace:
         reason = "the engine has died" if self.dead else None

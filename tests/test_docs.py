@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib import import_module
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,11 @@ def test_chunk_sizes() -> None:
     from chatterbox_vllm.vocoder.schedule import ChunkSchedule
 
     settings = Settings()
-    sizes = ChunkSchedule(settings.first_chunk_tokens, settings.chunk_growth, settings.largest_chunk_tokens).sizes()
-    assert f"made of {', '.join(map(str, islice(sizes, 6)))}, ... tokens" in prose("configuration.md")
+    first, alone = settings.first_chunk_tokens, settings.lone_chunk_tokens
+    schedule = ChunkSchedule(first, alone, settings.chunk_growth, settings.largest_chunk_tokens)
+    for lonely in (False, True):
+        sizes = schedule.sizes(alone=lonely)
+        assert f"{', '.join(map(str, islice(sizes, 5)))}, ... tokens" in prose("configuration.md")
 
 
 def test_routes_are_the_app_s() -> None:
@@ -203,10 +207,8 @@ def our_commands() -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("argv", our_commands(), ids=" ".join)
 def test_commands_are_parsed(argv: list[str]) -> None:
-    if argv[:2] == ["bench", "t3"]:
-        from chatterbox_vllm.bench.t3 import parser
-
-        parser().parse_args(argv[2:])
+    if argv[0] == "bench":
+        import_module(f"chatterbox_vllm.bench.{argv[1]}").parser().parse_args(argv[2:])
     elif argv[0] != "doctor":  # which has a parser of its own
         cli._parser().parse_args(argv)
 

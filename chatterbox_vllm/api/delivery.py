@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from chatterbox_vllm.api import faults
 from chatterbox_vllm.api.disconnect import until_disconnected
+from chatterbox_vllm.api.metrics import SpeechRecord, record_of
 from chatterbox_vllm.api.reference import recording
 from chatterbox_vllm.api.render import Renderer, render
 from chatterbox_vllm.api.schemas import SpeechBody
@@ -50,17 +51,21 @@ class SpokenAnswer(Response):
         # a file over HTTP/1.0 has no chunks: a broken one could not be told from a whole one
         streamed = self._body.events or (self._body.streamed and scope["http_version"] != "1.0")
         try:
-            await until_disconnected(self._deliver(send, streamed=streamed), receive)
+            await until_disconnected(self._deliver(send, record_of(scope), streamed=streamed), receive)
         except asyncio.CancelledError:
             if self._admission.draining:  # the drain's time is over
                 raise EngineDead("this server is shutting down") from None
             raise
 
-    async def _deliver(self, send: Send, *, streamed: bool) -> None:
+    async def _deliver(self, send: Send, record: SpeechRecord, *, streamed: bool) -> None:
         with self._admission.slot():
+            record.admitted = True
             try:
                 request = await self._request()
-                await (self._stream(request, self._wire(send)) if streamed else self._whole(request, send))
+                if streamed:
+                    await self._stream(request, self._wire(send), record)
+                else:
+                    await self._whole(request, send, record)
             except InvalidRequest as error:
                 error.param = self._body.spelt(error.param)
                 raise
@@ -81,8 +86,9 @@ class SpokenAnswer(Response):
         audio = await asyncio.to_thread(recording, self._body.ref_audio, max_bytes=limit)
         return await self._engine.voices.enrolled(audio, param="ref_audio", max_bytes=limit)
 
-    async def _whole(self, request: SpeechRequest, send: Send) -> None:
+    async def _whole(self, request: SpeechRequest, send: Send, record: SpeechRecord) -> None:
         samples = await self._engine.speak(request)
+        record.samples = len(samples)
         content = await asyncio.to_thread(render, samples, self._body.format, self._body.tempo)
         await send(start(FORMATS[self._body.format], {"Content-Length": str(len(content))}))
         await send({"type": "http.response.body", "body": content})
@@ -91,24 +97,23 @@ class SpokenAnswer(Response):
         kind = EventWire if self._body.events else FileWire
         return kind(send, self._body.format, self._settings.stalled_reader_timeout)
 
-    async def _stream(self, request: SpeechRequest, wire: Wire) -> None:
+    async def _stream(self, request: SpeechRequest, wire: Wire, record: SpeechRecord) -> None:
         try:
-            await self._speak_into(wire, request)
+            await self._speak_into(wire, request, record)
         except Exception as error:
             if not wire.started:
                 raise
             await wire.failed(faults.describe(error))
             raise StreamBroken("a stream broke after its first byte") from error
 
-    async def _speak_into(self, wire: Wire, request: SpeechRequest) -> None:
+    async def _speak_into(self, wire: Wire, request: SpeechRequest, record: SpeechRecord) -> None:
         renderer = Renderer(self._body.format, self._body.tempo)
-        spoken = 0
         async with aclosing(self._engine.stream(request)) as pieces:
             async for samples in pieces:
-                spoken += len(samples)
+                record.samples += len(samples)
                 await wire.sound(await renderer.feed(samples))
         await wire.sound(renderer.finish())
-        await wire.done(_usage(request, spoken))
+        await wire.done(_usage(request, record.samples))
 
 
 def _usage(request: SpeechRequest, samples: int) -> dict[str, int]:

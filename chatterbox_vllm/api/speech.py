@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 
 from chatterbox_vllm.api.body import read_json
 from chatterbox_vllm.api.delivery import SpokenAnswer
+from chatterbox_vllm.api.metrics import CountedRoute
 from chatterbox_vllm.api.schemas import SpeechBody, parse
 from chatterbox_vllm.api.services import ServicesOf
 from chatterbox_vllm.audio.encode import FORMATS
@@ -15,7 +16,7 @@ from chatterbox_vllm.errors import TooLarge
 from chatterbox_vllm.settings import Settings
 from chatterbox_vllm.text.frontend import check_text
 
-router = APIRouter(tags=["speech"])
+router = APIRouter(tags=["speech"], route_class=CountedRoute)
 
 _DOCUMENTED: Final[dict[str, Any]] = {
     "requestBody": {

@@ -1,4 +1,4 @@
-"""What the benchmarks speak: seeded text and a seeded voice, the same for every engine that is compared."""
+"""What the benchmarks speak: seeded text, speech tokens and voices, the same for every engine that is compared."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def random_text(seed: int, vocabulary: int, length: int = TEXT_TOKENS) -> list[i
     """``length`` text ids, start and stop not among them."""
     ordinary = [i for i in range(vocabulary) if i not in (START_TEXT, STOP_TEXT)]
     return random.Random(seed).choices(ordinary, k=length)
+
+
+def random_speech(seed: int, length: int) -> torch.Tensor:
+    """(length,) int64 speech tokens."""
+    return torch.randint(0, SPOKEN_TOKENS, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 def random_voice(seed: int, *, prompt_tokens: int = 250) -> VoiceFeatures:
