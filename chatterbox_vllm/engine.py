@@ -238,6 +238,7 @@ class AsyncChatterbox:
                 alone = self._streams == 1 and request.options.seed is None
                 for part in parts:
                     async with aclosing(self._vocode(part, playback, alone=alone)) as chunks:
+                        alone = False  # the parts that follow are not waited for
                         async for chunk in chunks:
                             samples = await asyncio.to_thread(mark.feed, chunk.numpy()) if mark else chunk.numpy()
                             if len(samples):

@@ -167,10 +167,10 @@ class Settings(BaseModel):
         300, ge=CHUNK_LENGTHS[0], le=CHUNK_LENGTHS[1], description="longer text is split at sentence ends (characters)"
     )
     first_chunk_tokens: int = Field(
-        25, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in a stream's first piece"
+        26, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in a stream's first piece"
     )
     lone_chunk_tokens: int = Field(
-        15,
+        16,
         ge=1,
         le=MAX_SPEECH_TOKENS,
         description="the same for its first two pieces each, if it is the only stream and has no seed",

@@ -295,6 +295,6 @@ def test_settings_become_the_engine_s_arguments(monkeypatch: pytest.MonkeyPatch)
     arguments = engine_arguments(settings)
     assert (arguments["model"], arguments["variant"]) == ("demo", "multilingual")
     assert (arguments["seed"], arguments["dtype"], arguments["watermark"]) == (4, "float16", False)
-    assert (arguments["device"], arguments["schedule"]) == (None, 25)
+    assert (arguments["device"], arguments["schedule"]) == (None, 26)
     with pytest.raises(ConfigurationError, match="engine_args: quantization has a setting of its own"):
         engine_arguments(loaded({"engine_args": '{"quantization": "fp8"}'}))

@@ -182,7 +182,7 @@ def _matplotlib() -> Any:
     try:
         return import_module("matplotlib.figure")  # the extra `bench` brings it
     except ImportError as error:
-        command = "pip install 'chatterbox-vllm[bench]'"
+        command = "pip install matplotlib"
         raise MissingDependency("matplotlib", purpose="for --plot", command=command) from error
 
 
@@ -202,6 +202,7 @@ def plot(path: Path, levels: Sequence[Level], *, title: str, axis: str) -> None:
     for panel, label in panels:
         panel.set(xlabel=axis, ylabel=label, xscale="log", ylim=(0, None))
         panel.set_xticks(loads, [f"{load:g}" for load in loads])
+        panel.minorticks_off()  # a logarithmic axis labels them
         panel.grid(visible=True, alpha=0.3)
     gaps.set_ylim(0, 100)
     figure.savefig(path)

@@ -1,14 +1,15 @@
 """How many tokens make a chunk of a stream, and when its sound is due.
 
 Every chunk recomputes the flow over the recording and all tokens so far. Chunks that grow keep that work within a small
-multiple of the whole file's, and the first sound early; a largest size bounds how far a stream can fall silent behind
-a slow language model. The vocoder holds back ``encoder.LOOKAHEAD_TOKENS`` and ``hift.REACH`` frames, 13 tokens
-together, so a first chunk of n tokens gives n - 13 tokens' sound, 40 ms each, of which the first 20 ms are silence and
-the next 20 ms fade in.
+multiple of the whole file's, and the first sound early; a largest size bounds how far a stream can fall silent behind a
+slow language model. The vocoder holds back ``encoder.LOOKAHEAD_TOKENS`` and ``hift.REACH`` frames, 13 tokens together,
+so a first chunk of n tokens gives n - 13 tokens' sound, 40 ms each, of which the first 20 ms are silence and the next
+20 ms fade in. T3 tells the first token at once and then five at a time: a chunk of 5 k + 1 tokens never waits for
+tokens that it does not need.
 
-A stream that has the vocoder to itself begins with a short chunk: its 80 ms of sound last until the second one, whose
+A stream that has the vocoder to itself begins with a short chunk: its 120 ms of sound last until the second one, whose
 tokens came while the first was spoken. In company the second one would have to wait, and the listener would hear a
-pause: there the first chunk is longer, which gives a player 480 ms to start with, and growing from it is a third of the
+pause: there the first chunk is longer, which gives a player 520 ms to start with, and growing from it is a third of the
 work less. A stream with a seed always begins so, lest its sound depend on its company.
 
 When a chunk is spoken is another matter: a stream's first chunk is due at once, a later one shortly before its listener
@@ -34,7 +35,7 @@ PATIENCE: Final = 2.0
 
 @dataclass(frozen=True)
 class ChunkSchedule:
-    """Sizes of the chunks of one stream: with the defaults 25, 50, 100, ..., of one that is alone 15, 15, 30, ...
+    """Sizes of the chunks of one stream: with the defaults 26, 52, 104, ..., of one that is alone 16, 16, 32, ...
 
     Args:
         first: tokens of the first chunk.
@@ -46,8 +47,8 @@ class ChunkSchedule:
         ConfigurationError: a value is out of range; ``param`` names it.
     """
 
-    first: int = 25
-    alone: int = 15
+    first: int = 26
+    alone: int = 16
     growth: float = 2.0
     largest: int = 240
 

@@ -32,7 +32,7 @@ class CudaBackend:
     """``Backend`` for CUDA cards.
 
     Args:
-        networks: on the card. Its estimator is packed anew and let go.
+        networks: on the card. What is packed anew is let go.
         dtype: bfloat16 or float16, for the flow.
         frames: the most mel frames that will be solved at once, for which memory is taken.
     """
@@ -43,11 +43,11 @@ class CudaBackend:
         self._embedding, self._projection = flow.input_embedding, flow.encoder_proj
         self._encoder = HalfEncoder(flow.encoder, dtype)
         estimator = PackedEstimator(flow.estimator, dtype=dtype, device=self._device)
-        flow.decoder = nn.ModuleDict()
         self._captured: dict[int, Captured[Tensor]] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._solver = GraphSolver(estimator, frames=frames)
         self._hift = FusedHift(networks.mel2wav)
+        _let_go(networks)
 
     @staticmethod
     def fits(networks: Networks) -> bool:
@@ -104,6 +104,15 @@ class CudaBackend:
         for longest in range(_CAPTURED, _LONGEST_CAPTURED + 1, _CAPTURED):
             self.mu([torch.zeros(longest, dtype=torch.int64)])
         self._hift.warm_up(frames)
+
+
+def _let_go(networks: Networks) -> None:
+    """Drops the weights of which there are copies: 0.5 GB at the real sizes."""
+    flow, hift = networks.flow, networks.mel2wav
+    flow.decoder = nn.ModuleDict()
+    flow.encoder.encoders, flow.encoder.up_encoders = nn.ModuleList(), nn.ModuleList()
+    hift.ups, hift.source_downs = nn.ModuleList(), nn.ModuleList()
+    hift.source_resblocks, hift.resblocks = nn.ModuleList(), nn.ModuleList()
 
 
 def _rounded(count: int, multiple: int) -> int:

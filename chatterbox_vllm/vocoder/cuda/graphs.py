@@ -30,21 +30,15 @@ LONGEST: Final = 2560
 
 @dataclass(frozen=True, eq=False)
 class _Size:
-    """Batches of up to ``frames`` frames.
+    """What batches of up to so many frames share.
 
     Args:
         integers: the tables of ``rows``, one after the other, so that one copy brings them.
     """
 
-    frames: int
     integers: Tensor
     rows: Rows
     tiling: Tiling
-
-    @property
-    def utterances(self) -> int:
-        """The most in one batch: there are attention tiles for so many that begin a sequence."""
-        return _utterances(self.frames)
 
 
 class GraphSolver:
@@ -136,7 +130,6 @@ class GraphSolver:
         integers = torch.zeros(4 + 3 * tiles + rows + rows, dtype=torch.int32, device=self._device)
         used, in_use, _, tile, pair, place = integers.split([1, 1, 2, 3 * tiles, rows, rows])
         return _Size(
-            frames,
             integers,
             Rows(
                 place=place,
@@ -162,9 +155,10 @@ class GraphSolver:
     def _compile(self, size: _Size, steps: int) -> None:
         """Launches each kernel once; as no row is in use, they do nothing."""
         assert self._room is not None
-        size.integers.zero_()
-        self._estimator.step(size.rows, self._room, size.tiling, *self._steps(steps)[0], GUIDANCE)
-        torch.cuda.current_stream(self._device).synchronize()
+        with torch.cuda.device(self._device):  # a new thread begins with the first one
+            size.integers.zero_()
+            self._estimator.step(size.rows, self._room, size.tiling, *self._steps(steps)[0], GUIDANCE)
+            torch.cuda.current_stream().synchronize()
 
     def _captured(self, size: _Size, steps: int) -> torch.cuda.CUDAGraph:
         assert self._room is not None
@@ -178,6 +172,7 @@ class GraphSolver:
 
 
 def _utterances(frames: int) -> int:
+    """The most in a batch of so many frames: there are attention tiles for so many that begin a sequence."""
     return 64 + frames // 256
 
 

@@ -154,8 +154,8 @@ def excite(
             step = tl.div_rn(hertz * (wave + 1), RATE).to(tl.float64)
             begun = tl.load(cycles + wave * frames + frame)
             turns = (begun + step * (within + 1).to(tl.float64)).to(tl.float32)
-            turns = turns - tl.floor(turns)
-            sine = tl.sin(_TURN * turns + tl.load(offsets + row * WAVES + wave))
+            turns = turns - turns.to(tl.int32).to(tl.float32)
+            sine = tl.sin(turns * _TURN + tl.load(offsets + row * WAVES + wave))
             merged += tl.load(weight + wave) * 0.1 * sine
     e = tl.exp(-2.0 * tl.abs(merged))
     level = (1.0 - e) / (1.0 + e)
