@@ -1,6 +1,6 @@
 """The flow's Euler steps on a CUDA card, a whole batch in one CUDA graph.
 
-Launched one by one, ten thousand small kernels would wait for Python. A graph is captured for a number of frames and
+Launched one by one, three thousand small kernels would wait for Python. A graph is captured for a number of frames and
 serves every batch of at most so many: rows past those in use cost next to nothing (see ``kernels``), so that sizes may
 double from one graph to the next, and rows of different lengths need no padding. Graphs never overlap, so all compute
 in the same memory.
