@@ -307,10 +307,7 @@ class Installer:
         self.run("byte-compiling", command, quietly=True)  # some packages ship files for other Pythons
 
     def add_test_tools(self) -> None:
-        """Triton among them, in whose interpreter the kernels for CUDA cards are tested where there is none."""
-        runtime = (LISTS / "cuda-runtime.txt").read_text(encoding="utf-8").splitlines()
-        triton = next(line for line in runtime if line.startswith("triton=="))
-        self.install("the test tools", "-r", LISTS / "test.txt", triton)
+        self.install("the test tools", "-r", LISTS / "test.txt")
 
 
 def uv_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,12 +1,15 @@
 """The networks for CUDA cards against those that they replace.
 
-Without a card, Triton's interpreter runs the kernels on the CPU.
+Without a card, Triton's interpreter runs the kernels on the CPU; without Triton, which torch brings with CUDA only, the
+tests that need it are skipped. To run them: pip install --no-deps --target DIR triton, and this file alone, with DIR in
+PYTHONPATH. (vLLM's CPU build, in the other tests, warns of a Triton that it cannot use.)
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +27,7 @@ from tests.vocoder_support import tensors
 
 ON_CARD = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CARD else "cpu")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 if not ON_CARD:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
@@ -59,6 +63,7 @@ def test_the_encoder_agrees_for_rows_of_any_length(networks):
     assert (rough - expected)[real].abs().mean() < 0.02 * expected[real].abs().mean()
 
 
+@needs_triton
 @torch.inference_mode()
 def test_the_estimator_agrees_for_packed_rows(networks, monkeypatch):
     from chatterbox_vllm.vocoder.cuda import graphs
@@ -116,6 +121,7 @@ def stretch(lengths: list[int], waves: int) -> Stretch:
     )
 
 
+@needs_triton
 @torch.inference_mode()
 def test_hift_agrees_for_packed_utterances(networks, monkeypatch):
     from chatterbox_vllm.vocoder.cuda import hift
@@ -137,6 +143,7 @@ def test_hift_agrees_for_packed_utterances(networks, monkeypatch):
             assert (cycles[row] - turned[row, :, : length + 1]).abs().max() < 1e-2
 
 
+@needs_triton
 @torch.inference_mode()
 def test_noise_is_the_same_on_a_card(networks, monkeypatch):
     from chatterbox_vllm.vocoder.cuda import hift_kernels
