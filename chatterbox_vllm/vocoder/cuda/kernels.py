@@ -63,6 +63,32 @@ def _normed(x, weight, bias, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _add_product(
+    acc,
+    source,
+    matrix,
+    row,
+    column,
+    inside,
+    INPUTS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """``acc`` plus some columns of the product of some rows of ``source``, (M, INPUTS), and rows FIRST.. of the matrix.
+
+    Rows that are not ``inside`` count as zeros.
+    """
+    depth = tl.arange(0, DEPTH)
+    left = source + row[:, None].to(tl.int64) * INPUTS + depth[None, :]
+    right = matrix + (FIRST + depth)[:, None] * OUTPUTS + column[None, :]
+    for start in range(0, INPUTS, DEPTH):
+        part = tl.load(left + start, mask=inside[:, None], other=0.0)
+        acc = tl.dot(part, tl.load(right + start * OUTPUTS), acc)
+    return acc
+
+
+@triton.jit
 def matmul(
     x,
     matrix,
@@ -86,17 +112,25 @@ def matmul(
     row = first + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < count
-    depth = tl.arange(0, DEPTH)
-    left = x + row[:, None].to(tl.int64) * INPUTS + depth[None, :]
-    right = matrix + depth[:, None] * OUTPUTS + column[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, INPUTS, DEPTH):
-        part = tl.load(left + start, mask=inside[:, None], other=0.0)
-        acc = tl.dot(part, tl.load(right + start * OUTPUTS), acc)
+    acc = _add_product(acc, x, matrix, row, column, inside, INPUTS, OUTPUTS, 0, DEPTH)
     if GELU:
         acc = _gelu(acc + tl.load(bias + column)[None, :])
     at = out + row[:, None].to(tl.int64) * OUTPUTS + column[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _shares(scores, highest, total, scale):
+    """One step of a softmax over keys that come in pieces.
+
+    Returns:
+        The piece's exponentials, by what the sums so far shrink, the highest score and the total up to here.
+    """
+    new = tl.maximum(highest, tl.max(scores, 1) * scale)
+    shares = tl.exp2(scores * scale - new[:, None])
+    kept = tl.exp2(highest - new)
+    return shares, kept, new, total * kept + tl.sum(shares, 1)
 
 
 @triton.jit
@@ -134,23 +168,16 @@ def attention(
     for start in range(begin, whole, KEYS):
         key_row = (start + tl.arange(0, KEYS)).to(tl.int64) * (3 * INNER)
         scores = tl.dot(query, tl.load(base + INNER + key_row[None, :] + dim[:, None]))
-        new = tl.maximum(highest, tl.max(scores, 1) * scale)
-        shares = tl.exp2(scores * scale - new[:, None])
-        kept = tl.exp2(highest - new)
-        total = total * kept + tl.sum(shares, 1)
+        shares, kept, highest, total = _shares(scores, highest, total, scale)
         value = tl.load(base + 2 * INNER + key_row[:, None] + dim[None, :])
         heard = tl.dot(shares.to(value.dtype), value, heard * kept[:, None])
-        highest = new
     if whole < end:
         key_row = whole + tl.arange(0, KEYS)
         exists = key_row < end
         key_row = key_row.to(tl.int64) * (3 * INNER)
         key = tl.load(base + INNER + key_row[None, :] + dim[:, None], mask=exists[None, :], other=0.0)
         scores = tl.where(exists[None, :], tl.dot(query, key), -float("inf"))
-        new = tl.maximum(highest, tl.max(scores, 1) * scale)
-        shares = tl.exp2(scores * scale - new[:, None])
-        kept = tl.exp2(highest - new)
-        total = total * kept + tl.sum(shares, 1)
+        shares, kept, highest, total = _shares(scores, highest, total, scale)
         value = tl.load(base + 2 * INNER + key_row[:, None] + dim[None, :], mask=exists[:, None], other=0.0)
         heard = tl.dot(shares.to(value.dtype), value, heard * kept[:, None])
     heard = heard / total[:, None]
@@ -197,13 +224,8 @@ def add_linear(
     row = first + tl.arange(0, ROWS)
     inside = row < count
     channel = tl.arange(0, WIDTH)
-    depth = tl.arange(0, DEPTH)
-    left = source + row[:, None].to(tl.int64) * INPUTS + depth[None, :]
-    right = matrix + depth[:, None] * WIDTH + channel[None, :]
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in range(0, INPUTS, DEPTH):
-        part = tl.load(left + start, mask=inside[:, None], other=0.0)
-        acc = tl.dot(part, tl.load(right + start * WIDTH), acc)
+    acc = _add_product(acc, source, matrix, row, channel, inside, INPUTS, WIDTH, 0, DEPTH)
     at = row[:, None].to(tl.int64) * WIDTH + channel[None, :]
     acc += tl.load(x + at, mask=inside[:, None], other=0.0) + tl.load(bias + channel)[None, :]
     _finish(acc, x, half, norm_weight, norm_bias, row, inside, WIDTH, True, NORM)
@@ -225,37 +247,11 @@ def _taps(
 ):
     """Adds the causal convolution of ``source``'s WIDTH channels, which are FIRST.. of the matrix's ALL inputs."""
     output = tl.arange(0, OUTPUTS)
-    depth = tl.arange(0, DEPTH)
     for tap in tl.static_range(3):
         there = inside & (place >= 2 - tap)
-        left = source + (row - (2 - tap))[:, None].to(tl.int64) * WIDTH + depth[None, :]
-        right = matrix + (tap * ALL + FIRST + depth)[:, None] * OUTPUTS + output[None, :]
-        for start in range(0, WIDTH, DEPTH):
-            part = tl.load(left + start, mask=there[:, None], other=0.0)
-            acc = tl.dot(part, tl.load(right + start * OUTPUTS), acc)
-    return acc
-
-
-@triton.jit
-def _pointwise(
-    acc,
-    source,
-    matrix,
-    row,
-    inside,
-    WIDTH: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    FIRST: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """Adds the product of ``source``'s WIDTH channels and rows FIRST.. of the matrix."""
-    output = tl.arange(0, OUTPUTS)
-    depth = tl.arange(0, DEPTH)
-    left = source + row[:, None].to(tl.int64) * WIDTH + depth[None, :]
-    right = matrix + (FIRST + depth)[:, None] * OUTPUTS + output[None, :]
-    for start in range(0, WIDTH, DEPTH):
-        part = tl.load(left + start, mask=inside[:, None], other=0.0)
-        acc = tl.dot(part, tl.load(right + start * OUTPUTS), acc)
+        acc = _add_product(
+            acc, source, matrix, row - (2 - tap), output, there, WIDTH, OUTPUTS, tap * ALL + FIRST, DEPTH
+        )
     return acc
 
 
@@ -315,9 +311,9 @@ def convolution(
         acc += tl.load(shift + output)[None, :]
     if SKIP:
         acc += tl.load(skip_bias + output)[None, :]
-        acc = _pointwise(acc, skip, skip_matrix, row, inside, SKIP, OUTPUTS, 0, DEPTH)
+        acc = _add_product(acc, skip, skip_matrix, row, output, inside, SKIP, OUTPUTS, 0, DEPTH)
         if SKIP_SECOND:
-            acc = _pointwise(acc, skip_second, skip_matrix, row, inside, SKIP_SECOND, OUTPUTS, SKIP, DEPTH)
+            acc = _add_product(acc, skip_second, skip_matrix, row, output, inside, SKIP_SECOND, OUTPUTS, SKIP, DEPTH)
     _finish(acc, out, half, next_weight, next_bias, row, inside, OUTPUTS, KEEP, NORM)
 
 
