@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -30,6 +32,18 @@ def packed(items: Iterable[T], length: Callable[[T], int], budget: int) -> Itera
 def padded(rows: Sequence[Tensor]) -> Tensor:
     """(B, longest, ...) of rows (length, ...), zero past each row's end."""
     return rows[0][None] if len(rows) == 1 else pad_sequence(list(rows), batch_first=True)
+
+
+def within(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """0 .. n - 1 for each n of ``counts``, one after the other: each element's place among its own."""
+    counts = np.asarray(counts, dtype=np.int64)
+    return np.arange(counts.sum()) - np.repeat(starts(counts), counts)
+
+
+def starts(counts: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Where each row begins when rows of ``counts`` elements lie one after the other."""
+    counts = np.asarray(counts, dtype=np.int64)
+    return np.cumsum(counts) - counts
 
 
 def is_ragged(lengths: Sequence[int]) -> bool:

@@ -19,7 +19,6 @@ from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.transfer import to_device
 from chatterbox_vllm.vocoder.weights import Networks
 
-HALVES: Final = (torch.bfloat16, torch.float16)
 _CAPTURED: Final = 64
 """A single utterance's tokens are padded to a multiple of this, so that few graphs serve all lengths."""
 _LONGEST_CAPTURED: Final = 640

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chatterbox_vllm.vocoder.batching import starts, within
 from chatterbox_vllm.vocoder.cuda.estimator import PackedEstimator, Room, Rows
 from chatterbox_vllm.vocoder.cuda.tiling import Tiling
 from chatterbox_vllm.vocoder.flow import GUIDANCE, schedule
@@ -62,10 +63,8 @@ class GraphSolver:
         """Compiles the kernels and captures the graphs of up to ``frames`` frames, so that no request waits for it."""
         largest = min(_size_for(frames, 1), self._frames)
         sizes = [frames for frames in (SMALLEST << double for double in range(16)) if frames <= largest]
-        for frames in sizes:
-            self._sizes.setdefault(frames, self._size(frames))
         with ThreadPoolExecutor(len(sizes)) as pool:  # compilers run beside each other
-            list(pool.map(self._compile, [self._sizes[frames] for frames in sizes], [steps] * len(sizes)))
+            list(pool.map(self._compile, [self._size(frames) for frames in sizes], [steps] * len(sizes)))
         for frames in sizes:
             self._graph(frames, steps)
 
@@ -90,7 +89,7 @@ class GraphSolver:
         frames = _size_for(total, len(lengths))
         if frames > self._frames:
             self._make_room(frames)
-        graph, size = self._graph(frames, steps), self._sizes[frames]
+        graph, size = self._graph(frames, steps), self._size(frames)
         tables, order = _tables(lengths, noise.shape[1], size)
         size.integers.copy_(to_device(tables, self._device))
         # Everything side by side, as the estimator wants it; of that, the frames that exist, in their order.
@@ -117,13 +116,16 @@ class GraphSolver:
         self._frames = frames
 
     def _graph(self, frames: int, steps: int) -> torch.cuda.CUDAGraph:
-        if frames not in self._sizes:
-            self._sizes[frames] = self._size(frames)
         if (frames, steps) not in self._graphs:
-            self._graphs[frames, steps] = self._captured(self._sizes[frames], steps)
+            self._graphs[frames, steps] = self._captured(self._size(frames), steps)
         return self._graphs[frames, steps]
 
     def _size(self, frames: int) -> _Size:
+        if frames not in self._sizes:
+            self._sizes[frames] = self._made(frames)
+        return self._sizes[frames]
+
+    def _made(self, frames: int) -> _Size:
         rows = 2 * frames
         tiling = Tiling.of(rows, width=self._estimator.width, shared_memory=self._shared_memory)
         tiles = rows // tiling.attention.rows + 2 * _utterances(frames)
@@ -189,25 +191,20 @@ def _tables(lengths: Sequence[int], padded: int, size: _Size) -> tuple[Tensor, T
 
     An utterance's guided rows come first, then as many unguided ones, then the next utterance's.
     """
-    counts = np.asarray(lengths)
-    starts = np.cumsum(counts) - counts
-    total = int(counts.sum())
-    within = np.arange(total) - np.repeat(starts, counts)  # frame of its utterance
-    guided = 2 * np.repeat(starts, counts) + within
+    counts, first, frame = np.asarray(lengths), starts(lengths), within(lengths)
+    total = len(frame)
+    guided = 2 * np.repeat(first, counts) + frame
+    free = guided + np.repeat(counts, counts)
     table = np.zeros(len(size.integers), dtype=np.int32)
     table[:2] = 2 * total, total
     tiles, pairs, place = np.split(table[4:], np.cumsum([size.rows.tiles.numel(), size.rows.pairs.numel()]))
     step = size.tiling.attention.rows
-    begins = np.stack([2 * starts, 2 * starts + counts], axis=1).ravel()
-    lengths_of = np.repeat(counts, 2)
-    many = -(-lengths_of // step)
-    ordinal = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
-    begin = np.repeat(begins, many)
+    sequences = np.repeat(counts, 2)
+    many = -(-sequences // step)
+    begin = np.repeat(starts(sequences), many)
     used = tiles.reshape(-1, 3)[: len(begin)]
-    used[:, 0], used[:, 1], used[:, 2] = begin + step * ordinal, begin, begin + np.repeat(lengths_of, many)
-    pairs.reshape(-1, 2)[:total, 0] = guided
-    pairs.reshape(-1, 2)[:total, 1] = guided + np.repeat(counts, counts)
-    place[guided] = within
-    place[guided + np.repeat(counts, counts)] = within
-    order = np.repeat(np.arange(len(counts)) * padded, counts) + within
+    used[:] = np.stack([begin + step * within(many), begin, begin + np.repeat(sequences, many)], axis=1)
+    pairs.reshape(-1, 2)[:total] = np.stack([guided, free], axis=1)
+    place[guided] = place[free] = frame
+    order = np.repeat(np.arange(len(counts)) * padded, counts) + frame
     return torch.from_numpy(table), torch.from_numpy(order)

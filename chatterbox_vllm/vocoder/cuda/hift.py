@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from chatterbox_vllm.types import SAMPLE_RATE
 from chatterbox_vllm.vocoder import hift as reference
+from chatterbox_vllm.vocoder.batching import starts, within
 from chatterbox_vllm.vocoder.cuda import hift_kernels
 from chatterbox_vllm.vocoder.cuda.captured import Captured
 from chatterbox_vllm.vocoder.hift import BINS, FFT, HOP, LOUDEST, SPECTRA, UPSAMPLING, Hift, Stretch
@@ -203,36 +205,27 @@ class FusedHift:
         They may lie in memory that the next call overwrites. Frames are padded to one of few sizes, since cuDNN plans
         anew for each.
         """
-        frames, longest = np.asarray(stretch.frames), stretch.mel.shape[1]
-        room = frames + GAP
-        size = _size_for(int(room.sum()))
-        starts = np.cumsum(room) - room
-        within = np.arange(frames.sum()) - np.repeat(np.cumsum(frames) - frames, frames)
-        tables = np.zeros((3, size), dtype=np.int32)
-        tables[1] = 1  # behind the end, which is 0
-        everywhere = np.arange(room.sum())
-        tables[0, everywhere] = np.repeat(np.arange(len(frames)), room)
-        tables[1, everywhere] = everywhere - np.repeat(starts, room)
-        tables[2, everywhere] = np.repeat(frames, room)
-        order = np.stack([np.repeat(np.arange(len(frames)) * longest, frames), np.repeat(starts, frames)]) + within
-        device = stretch.mel.device
-        source, target = to_device(torch.from_numpy(order), device)
-        mel = torch.zeros(size, stretch.mel.shape[2], device=device)
+        frames = np.asarray(stretch.frames)
+        size, begins = _size_for(int((frames + GAP).sum())), starts(frames + GAP)
+        ends = begins + frames
+        padded = np.arange(len(frames)) * stretch.mel.shape[1]
+        order = np.stack([np.repeat(padded, frames), np.repeat(begins, frames)]) + within(frames)
+        source, target = to_device(torch.from_numpy(order), self._device)
+        mel = torch.zeros(size, stretch.mel.shape[2], device=self._device)
         mel.index_copy_(0, target, stretch.mel.flatten(0, 1)[source])
         inputs = (
             mel,
-            to_device(torch.from_numpy(tables), device),
-            stretch.anchor + to_device(torch.from_numpy(starts), device),
+            to_device(_tables(size, frames), self._device),
+            stretch.anchor + to_device(torch.from_numpy(begins), self._device),
             stretch.cycles,
             stretch.offsets,
             stretch.keys,
             stretch.first,
         )
         samples, cycles = self._run(size, inputs)
-        ends = starts + frames
         return (
-            [samples[FRAME_SAMPLES * start : FRAME_SAMPLES * end] for start, end in zip(starts, ends, strict=True)],
-            [cycles[:, start : end + 1] for start, end in zip(starts, ends, strict=True)],
+            [samples[FRAME_SAMPLES * begin : FRAME_SAMPLES * end] for begin, end in zip(begins, ends, strict=True)],
+            [cycles[:, begin : end + 1] for begin, end in zip(begins, ends, strict=True)],
         )
 
     def warm_up(self, frames: int) -> None:
@@ -257,11 +250,9 @@ class FusedHift:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self._device)
 
-        tables = zeros(3, size, dtype=torch.int32)
-        tables[1] = 1  # behind the end, which is 0
         return (
             zeros(size, self._pre.weight.shape[1]),
-            tables,
+            _tables(size, np.zeros(0, dtype=np.int64)).to(self._device),
             zeros(rows, dtype=torch.int64),
             zeros(rows, waves, dtype=torch.float64),
             zeros(rows, waves),
@@ -380,6 +371,15 @@ def _size_for(frames: int) -> int:
     power = max(64, 1 << (frames - 1).bit_length())
     smaller = power * 3 // 4
     return smaller if frames <= smaller else power
+
+
+def _tables(size: int, frames: npt.NDArray[np.int64]) -> Tensor:
+    """(3, size) int32 ``utterance``, ``place`` and ``length`` of ``_Packed``, for utterances of so many frames."""
+    room = frames + GAP
+    tables = np.zeros((3, size), dtype=np.int32)
+    tables[1] = 1  # behind the end, which is 0
+    tables[:, : room.sum()] = np.repeat(np.arange(len(frames)), room), within(room), np.repeat(frames, room)
+    return torch.from_numpy(tables)
 
 
 def _layers(block: nn.Module) -> list[_Layer]:
