@@ -20,7 +20,6 @@ from chatterbox_vllm.vocoder import noise, weights
 from chatterbox_vllm.vocoder.batching import padded, row_mask
 from chatterbox_vllm.vocoder.cuda.encoder import ALIGNMENT, HalfEncoder
 from chatterbox_vllm.vocoder.cuda.tiling import Tile, Tiling
-from chatterbox_vllm.vocoder.edges import Edges
 from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.noise import Stream
 from tests.vocoder_support import tensors
@@ -112,7 +111,6 @@ def stretch(lengths: list[int], waves: int) -> Stretch:
     return Stretch(
         mel=(torch.randn(count, longest, 80, generator=generator).cumsum(1) * 0.2 - 4.0).to(DEVICE),
         frames=lengths,
-        edges=Edges(torch.tensor(lengths, device=DEVICE), ragged=True),
         anchor=torch.tensor([0, 5, 2][:count], device=DEVICE),
         cycles=100 * torch.rand(count, waves, dtype=torch.float64, generator=generator).to(DEVICE),
         offsets=torch.rand(count, waves, generator=generator).to(DEVICE),

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chatterbox_vllm.vocoder import noise, teams
+from chatterbox_vllm.vocoder.batching import is_ragged
 from chatterbox_vllm.vocoder.edges import Edges
 from chatterbox_vllm.vocoder.source import FRAME_SAMPLES, PITCH_REACH, PitchPredictor, Source, cycles_at_frames
+from chatterbox_vllm.vocoder.transfer import to_device
 
 DECODER_REACH: Final = 15
 """Frames on either side on which a frame's samples depend, given the source (14.2) and the mel (13.1)."""
@@ -57,7 +59,6 @@ class Stretch:
     Args:
         mel: (B, F, 80) float32 log-mel.
         frames: how many of the F frames each row has.
-        edges: the same, for the device.
         anchor: (B,) int64, the frame of the row for which ``cycles`` is known.
         cycles: (B, waves) float64, cycles gone through before that frame.
         offsets: (B, waves) float32 radians.
@@ -67,7 +68,6 @@ class Stretch:
 
     mel: Tensor
     frames: list[int]
-    edges: Edges
     anchor: Tensor
     cycles: Tensor
     offsets: Tensor
@@ -96,8 +96,9 @@ class Hift(nn.Module):
         Returns:
             (B, 480 F) float32 samples, and (B, waves, F + 1) float64 cycles before each frame.
         """
-        mel, edges = stretch.mel.transpose(1, 2), stretch.edges
-        mel = edges.clear(mel)
+        lengths = to_device(torch.tensor(stretch.frames), stretch.mel.device)
+        edges = Edges(lengths, ragged=is_ragged(stretch.frames))
+        mel = edges.clear(stretch.mel.transpose(1, 2))
         pitch = self.f0_predictor(mel, edges)
         cycles = cycles_at_frames(pitch, self.m_source.waves, stretch.cycles, stretch.anchor)
         normals = noise.normals(stretch.keys, stretch.first, FRAME_SAMPLES * pitch.shape[1], self.m_source.waves)

@@ -21,8 +21,7 @@ from torch import Tensor
 from chatterbox_vllm.types import SAMPLE_RATE, SPOKEN_TOKENS, VoiceFeatures
 from chatterbox_vllm.vocoder import noise
 from chatterbox_vllm.vocoder.backend import Backend, TorchBackend
-from chatterbox_vllm.vocoder.batching import is_ragged, packed, padded
-from chatterbox_vllm.vocoder.edges import Edges
+from chatterbox_vllm.vocoder.batching import packed, padded
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.noise import Stream
@@ -228,7 +227,6 @@ class Vocoder:
         return Stretch(
             mel=padded(mels),
             frames=lengths,
-            edges=Edges(self._integers(lengths), ragged=is_ragged(lengths)),
             anchor=self._integers([utterance.cycles_frame - utterance.left for utterance in utterances]),
             cycles=to_device(cycles, self.device),
             offsets=noise.phases(self._keys(batch, Stream.PHASE), waves - 1),
