@@ -123,6 +123,18 @@ def test_what_is_due_first_goes_first():
     assert pick([], 9, 25) == []
 
 
+def test_streams_run_in_small_batches_until_many_wait():
+    def streams(count: int) -> list[Speak]:
+        chunks = (chunk(count=10, final=False, due=float(number)) for number in range(count))
+        return [Speak(number, plan(each), each.due, came=0.0) for number, each in enumerate(chunks)]
+
+    frames = streams(1)[0].step.flow_frames
+    assert len(pick(streams(4), 99, 16 * frames)) == 4, "a quarter of 16"
+    assert len(pick(streams(16), 99, 16 * frames)) == 4
+    assert len(pick(streams(24), 99, 16 * frames)) == 6, "a quarter of what waits"
+    assert len(pick(streams(99), 99, 16 * frames)) == 8, "no more than half"
+
+
 def test_chunks_are_spoken_as_they_are_due():
     async def scenario(pool, stub):
         tasks = await queued(pool, stub, chunk(count=2, due=3.0), chunk(count=3, due=1.0), chunk(count=4, due=2.0))
