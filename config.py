@@ -12,7 +12,8 @@ from typing import Any
 
 from chatterbox_vllm.settings import Settings, load
 
-# 4-bit T3 through bitsandbytes: needs an NVIDIA GPU and the package vllm-bnb-plugin.
+# 4-bit T3 through bitsandbytes: needs an NVIDIA GPU and the package vllm-bnb-plugin. More kinds: see OTHER, as
+# {"quantization_strategy": "mixed"}, and docs/VRAM_OPTIMIZATION.md.
 USE_BNB_QUANTIZATION = False
 BNB_QUANTIZATION = "bitsandbytes" if USE_BNB_QUANTIZATION else None
 

@@ -17,6 +17,7 @@ import torch
 from chatterbox_vllm import upstream
 from chatterbox_vllm.bench.workload import random_text, random_voice
 from chatterbox_vllm.checkpoint import Checkpoint, cache_dir, load_tensors, resolve
+from chatterbox_vllm.quantization.policy import canonical
 from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.types import SpeechOptions, VoiceFeatures
 
@@ -73,7 +74,7 @@ async def our_tokens(arguments: argparse.Namespace, asked: list[Prompt], voice: 
         mask_invalid_tokens=False,
         max_model_len=1024,
         gpu_memory_utilization=0.5,
-        quantization=arguments.quantization,
+        method=canonical(arguments.quantization),
         dtype=arguments.dtype,
     )
 

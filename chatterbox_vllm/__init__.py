@@ -6,12 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from chatterbox_vllm.arguments import get_optimal_dtype
     from chatterbox_vllm.engine import AsyncChatterbox
     from chatterbox_vllm.tts import ChatterboxMultilingualTTS, ChatterboxTTS
     from chatterbox_vllm.types import SpeechOptions, SpeechRequest, VoiceFeatures
 
 __version__ = "0.1.0"
 _HOMES = {
+    "get_optimal_dtype": "arguments",
     "AsyncChatterbox": "engine",
     "ChatterboxTTS": "tts",
     "ChatterboxMultilingualTTS": "tts",
@@ -26,6 +28,7 @@ __all__ = [
     "SpeechOptions",
     "SpeechRequest",
     "VoiceFeatures",
+    "get_optimal_dtype",
 ]
 
 

@@ -1,4 +1,4 @@
-"""``chatterbox-vllm serve | say | demo-checkpoint | doctor | bench``.
+"""``chatterbox-vllm serve | say | quantize | eval | memory | demo-checkpoint | doctor | bench``.
 
 The flags of ``serve`` and ``say`` are made from ``Settings``. Heavy modules are imported when a command runs, so that
 ``--help`` is instant. Exit status: 0 done, 2 the caller's mistake, 1 anything else; an error is one sentence unless
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 LoadSettings = Callable[[Mapping[str, Any]], Settings]
 """Command-line values -> settings. ``server.py`` brings its own, which knows config.py."""
 
+COMMANDS: Final = {
+    "quantize": ("convert", "write a checkpoint with a 4-bit T3"),
+    "eval": ("evaluate", "measure what quantisation changes"),
+    "memory": ("bench.memory", "compute what fits into a GPU's memory, or ask a server"),
+    "doctor": ("doctor", "say what is installed, what is wrong and what mends it"),
+}
+"""Commands with a module of their own, which parses what follows."""
 BENCHES: Final = {
     "t3": "speech tokens a second of T3 alone",
     "vocoder": "sound a second of the vocoder alone",
@@ -34,7 +41,17 @@ BENCHES: Final = {
 }
 _SAMPLING: Final = ("exaggeration", "cfg_weight", "temperature", "top_p", "min_p", "repetition_penalty", "max_tokens")
 _SAY: Final = ("model", *_SAMPLING, "diffusion_steps", "device", "max_model_len", "gpu_memory_utilization")
-_SAY_TOO: Final = ("dtype", "quantization", "max_chunk_length", "voices_dir", "watermark", "engine_args", "debug")
+_SAY_TOO: Final = (
+    "dtype",
+    "quantization",
+    "quantization_strategy",
+    "vram_budget",
+    "max_chunk_length",
+    "voices_dir",
+    "watermark",
+    "engine_args",
+    "debug",
+)
 _NO_FLAG: Final = frozenset({"api_key", "preset", "variant"})
 """A key on the command line could be read by every user of the machine; the others have flags of their own."""
 
@@ -48,8 +65,8 @@ def main(argv: Sequence[str] | None = None, *, settings: LoadSettings = load) ->
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if argv[:1] == ["doctor"]:
-            return _run_main("chatterbox_vllm.doctor", argv[1:])
+        if argv and argv[0] in COMMANDS:
+            return _run_main(f"chatterbox_vllm.{COMMANDS[argv[0]][0]}", argv[1:])
         if argv[:1] == ["bench"] and argv[1:2] and argv[1] in BENCHES:
             return _run_main(f"chatterbox_vllm.bench.{argv[1]}", argv[2:])
         arguments = _parser().parse_args(argv)
@@ -74,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     _serve_parser(commands.add_parser("serve", help="start the HTTP server", allow_abbrev=False))
     _say_parser(commands.add_parser("say", help="speak a text into a file", allow_abbrev=False))
     _demo_parser(commands.add_parser("demo-checkpoint", help="write a checkpoint of random weights"))
-    commands.add_parser("doctor", help="say what is installed, what is wrong and what mends it", add_help=False)
+    for name, (_, told) in COMMANDS.items():
+        commands.add_parser(name, help=told, add_help=False)
     bench = commands.add_parser("bench", help="measure speed", description="Each has its own --help.")
     bench.add_argument("name", choices=BENCHES, help="; ".join(f"{name}: {text}" for name, text in BENCHES.items()))
     return parser

@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,12 +20,13 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
+from chatterbox_vllm.arguments import check, device_of, policy_of, vocoder_devices, vocoder_dtype_of
 from chatterbox_vllm.audio.watermark import Watermarker, WatermarkStream
-from chatterbox_vllm.checkpoint import Checkpoint, Variant, cache_dir, resolve
+from chatterbox_vllm.budget import parse_bytes
+from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.errors import ConfigurationError, EngineDead, EngineError
-from chatterbox_vllm.mps import Mps
-from chatterbox_vllm.t3.generator import T3Generator
-from chatterbox_vllm.t3.launch import launch
+from chatterbox_vllm.loading import Setup, Stages, components_of, load, log_applied, settled
+from chatterbox_vllm.quantization.policy import Policy
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.text.tokenise import load_tokenizer
@@ -38,16 +38,15 @@ from chatterbox_vllm.types import (
     SpeechRequest,
     VoiceFeatures,
 )
-from chatterbox_vllm.vocoder.host import ProcessHost, ThreadHost
+from chatterbox_vllm.vocoder.footprint import VocoderFootprint
+from chatterbox_vllm.vocoder.guest import GuestHost
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback, due_of_file
-from chatterbox_vllm.vocoder.stage import Blueprint
 from chatterbox_vllm.vocoder.utterance import Chunk, Utterance, open_utterance
-from chatterbox_vllm.vocoder.worker import VocoderPool, VocoderStats
+from chatterbox_vllm.vocoder.worker import VocoderStats
 from chatterbox_vllm.voices.library import VoiceLibrary
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-VOCODER_DTYPES = {"auto": None, **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}}
 SILENCE = "T3 ended before it said anything; try another seed, or another text"
 Samples = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -69,22 +68,20 @@ class AsyncChatterbox:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        setup: Setup,
         *,
-        t3: T3Generator,
-        worker: VocoderPool,
-        sharing: Mps | None,
+        components: dict[str, dict[str, Any]],
+        stages: Stages,
         voices: VoiceLibrary,
         frontend: TextFrontend,
         watermarker: Watermarker | None,
         schedule: ChunkSchedule,
         max_chunk_length: int,
     ) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint = setup.checkpoint
         self.voices = voices
-        self._t3 = t3
-        self._worker = worker
-        self._sharing = sharing
+        self._setup, self._components = setup, components
+        self._t3, self._worker, self._sharing = stages.t3, stages.vocoder, stages.sharing
         self._frontend = frontend
         self._watermarker = watermarker
         self._schedule = schedule
@@ -103,7 +100,9 @@ class AsyncChatterbox:
         max_batch_size: int | None = None,
         max_model_len: int = 2048,
         gpu_memory_utilization: float = 0.5,
-        quantization: str | None = None,
+        quantization: Policy | str | None = None,
+        strict_quantization: bool = False,
+        vram_budget: str | int | None = None,
         device: str | None = None,
         vocoder_device: str | None = None,
         vocoder_process: bool | None = None,
@@ -124,7 +123,10 @@ class AsyncChatterbox:
             max_batch_size: requests T3 runs at once; default 256 on a GPU, 32 on a CPU.
             max_model_len: positions of one utterance: 38 + text tokens + speech tokens.
             gpu_memory_utilization: share of the card that T3 may take, weights and KV cache together.
-            quantization: handed to vLLM; "bitsandbytes" for 4-bit weights on a GPU.
+            quantization: a policy for all networks, or T3's method, as "bnb-4bit" or "int8".
+            strict_quantization: raise where a strategy does not work, rather than fall back to a weaker one.
+            vram_budget: bytes of the card, or text such as "2GiB": everything together must fit in so much, which is
+                checked before anything is loaded. It takes the place of ``gpu_memory_utilization``.
             device: where vocoder and enrolment run; default: vLLM's device.
             vocoder_device: another one for the vocoder, or several with commas between them, a worker for each.
             vocoder_process: whether each worker is a process of its own; default: on a GPU. False takes less memory.
@@ -135,14 +137,15 @@ class AsyncChatterbox:
             watermark: put Perth's inaudible watermark into every answer.
             voices_dir: recordings or features of more voices, by file name.
             max_chunk_length: characters of one utterance; a longer text is split at sentence ends.
-            engine_args: any other ``vllm.AsyncEngineArgs``.
+            engine_args: other spellings of quantisation (``quantization.policy.claims``), and any other
+                ``vllm.AsyncEngineArgs``.
 
         Raises:
             CheckpointError, ConfigurationError, MissingDependency: named and with their remedy.
         """
-        _check("max_batch_size", 1 if max_batch_size is None else max_batch_size, 1, 4096, int)
-        _check("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0, float)
-        _check("max_chunk_length", max_chunk_length, *CHUNK_LENGTHS, int)
+        check("max_batch_size", 1 if max_batch_size is None else max_batch_size, 1, 4096, int)
+        check("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0, float)
+        check("max_chunk_length", max_chunk_length, *CHUNK_LENGTHS, int)
         if "max_num_seqs" in engine_args:
             raise ConfigurationError("max_num_seqs is called max_batch_size here", param="max_num_seqs")
         on_gpu = not current_platform.is_cpu()
@@ -151,56 +154,51 @@ class AsyncChatterbox:
                 "device='cpu' needs vLLM's CPU build: CHATTERBOX_DEVICE=cpu ./start-api-server.sh installs it",
                 param="device",
             )
-        where = _device("device", device) or ("cuda" if on_gpu else "cpu")
-        devices = _vocoder_devices(where if vocoder_device is None else vocoder_device)
-        host, vocoder_type = _vocoder_host(devices, vocoder_process), _vocoder_dtype(vocoder_dtype)
+        policy = policy_of(quantization, engine_args)
+        where = device_of("device", device) or ("cuda" if on_gpu else "cpu")
+        devices = vocoder_devices(where if vocoder_device is None else vocoder_device, vocoder_process)
+        vocoder_type = vocoder_dtype_of(vocoder_dtype)
         checkpoint = model if isinstance(model, Checkpoint) else await asyncio.to_thread(resolve, model, variant)
         if checkpoint.is_demo:
             logger.warning("%s holds random weights: it speaks noise", checkpoint.folder)
+        setup = Setup(
+            checkpoint,
+            policy,
+            on_gpu=on_gpu,
+            device=where,
+            vocoder_devices=devices,
+            vocoder_process=vocoder_process,
+            vocoder_dtype=vocoder_type,
+            t3={
+                "mask_invalid_tokens": mask_invalid_tokens,
+                **({} if max_batch_size is None else {"max_num_seqs": max_batch_size}),
+                "max_model_len": max_model_len,
+                "gpu_memory_utilization": gpu_memory_utilization,
+                **engine_args,
+            },
+            mps=mps,
+            budget=None if vram_budget is None else parse_bytes(vram_budget),
+        )
+        setup = await asyncio.to_thread(settled, setup)
         # What takes no time comes first, so that its errors do, too.
-        voices = VoiceLibrary(checkpoint, folder=voices_dir, device=where)
+        voices = VoiceLibrary(
+            checkpoint, folder=voices_dir, device=setup.device, voice_encoder=setup.policy.voice_encoder
+        )
         await asyncio.to_thread(voices.check)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
         watermarker = await asyncio.to_thread(Watermarker) if watermark else None
         # Beside T3's loading, which leaves this process idle.
         warming = asyncio.ensure_future(asyncio.to_thread(_warm_up, watermarker, voices))
-        sharing = Mps() if mps else None
-        pool = VocoderPool([host(Blueprint(checkpoint.s3gen, device, vocoder_type)) for device in devices])
-        started = time.perf_counter()
-        pool.start()
-        logger.info("loading T3 (%s) from %s into vLLM", checkpoint.variant, checkpoint.folder)
-        loading_t3 = asyncio.ensure_future(
-            asyncio.to_thread(
-                launch,
-                checkpoint.t3,
-                cache=cache_dir(),
-                mask_invalid_tokens=mask_invalid_tokens,
-                max_num_seqs=max_batch_size or (256 if on_gpu else 32),
-                max_model_len=max_model_len,
-                gpu_memory_utilization=gpu_memory_utilization,
-                quantization=quantization,
-                **engine_args,
-            )
-        )
-        try:
-            t3, _ = await asyncio.gather(asyncio.shield(loading_t3), pool.read())
-            await t3.connect()
-            logger.info("T3 is up after %.0f s; the vocoder follows", time.perf_counter() - started)
-            await pool.ready()  # not earlier: T3 takes its share of a card's memory, the vocoder sees what is left
-            await warming
-        except BaseException:
-            # A thread cannot be stopped: an engine that comes up after all is ended then.
-            loading_t3.add_done_callback(_end_late_engine)
-            await pool.close(drain=False)
-            if sharing is not None:
-                loading_t3.add_done_callback(lambda _: sharing.stop())
-            raise
-        logger.info("ready after %.0f s", time.perf_counter() - started)
+        setup, stages = await load(setup, strict=strict_quantization)
+        await warming
+        # A checkpoint that is quantised already says by which method.
+        setup = replace(setup, policy=replace(setup.policy, t3=stages.t3.method))
+        components = components_of(setup, await stages.t3.footprint(), stages.vocoder.footprints)
+        log_applied(components)
         return cls(
-            checkpoint,
-            t3=t3,
-            worker=pool,
-            sharing=sharing,
+            setup,
+            components=components,
+            stages=stages,
             voices=voices,
             frontend=TextFrontend(tokenizer, multilingual=checkpoint.variant.is_multilingual),
             watermarker=watermarker,
@@ -217,6 +215,48 @@ class AsyncChatterbox:
     def vocoder_stats(self) -> VocoderStats:
         """What the vocoder did so far."""
         return self._worker.stats
+
+    @property
+    def policy(self) -> Policy:
+        """How the networks are quantised."""
+        return self._setup.policy
+
+    def quantization_info(self) -> dict[str, Any]:
+        """What is quantised, and what that saves, in bytes, as measured when it was loaded.
+
+        Returns:
+            ``quantized``; ``strategy``, if it came by a name; ``method``, or ``mixed``; and ``components``: for each
+            its ``method``, how many ``layers`` are quantised, ``bytes`` and ``bytes_before``.
+        """
+        policy = self.policy
+        return {
+            "quantized": policy.is_quantized,
+            "strategy": policy.strategy,
+            "method": policy.method,
+            "components": self._components,
+        }
+
+    async def memory(self) -> dict[str, Any]:
+        """Bytes: ``processes``, as each one's torch counts them on its device; ``components``; the ``budget``."""
+        t3, vocoders = await self._t3.footprint(), self._worker.footprints
+        processes = [{"name": "t3", **_kept(t3, "weights", "allocated", "peak", "reserved")}]
+        if self._setup.host is GuestHost:  # torch counts for both
+            processes[0] |= {"name": "t3 and vocoder", "weights": t3.weights + sum(_weights(each) for each in vocoders)}
+        else:
+            processes += [
+                {"name": "vocoder", "weights": _weights(each), **_kept(each, "allocated", "peak", "reserved")}
+                for each in vocoders
+            ]
+        plan = self._setup.plan
+        components = {"t3": t3.linear, "t3_embeddings": t3.embeddings + t3.rest}
+        for each in vocoders:
+            components |= {name: components.get(name, 0) + size for name, size in each.weights.items()}
+        return {
+            "processes": processes,
+            "components": components,
+            "budget": plan.budget if plan else None,
+            "items": {item.name: item.bytes for item in plan.items} if plan else {},
+        }
 
     def health(self) -> Health:
         """The engine's state, without waiting for anything."""
@@ -403,6 +443,14 @@ class _Part:
         return taken, True
 
 
+def _weights(vocoder: VocoderFootprint) -> int:
+    return sum(vocoder.weights.values())
+
+
+def _kept(footprint: Any, *names: str) -> dict[str, int]:
+    return {name: getattr(footprint, name) for name in names}
+
+
 def _warm_up(watermarker: Watermarker | None, voices: VoiceLibrary) -> None:
     """Has behind it what the first requests would wait for: seconds of compiling and loading."""
     if watermarker is not None:
@@ -421,56 +469,5 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _end_late_engine(loading: asyncio.Future[T3Generator]) -> None:
-    if not loading.cancelled() and loading.exception() is None:
-        loading.result().shutdown()
-
-
 def _ids(tokens: list[int]) -> torch.Tensor:
     return torch.tensor(tokens, dtype=torch.int64)
-
-
-def _device(name: str, wanted: str | None) -> str | None:
-    if wanted is None:
-        return None
-    if str(wanted) == "cpu":  # a torch.device is as good as its name
-        return "cpu"
-    kind, _, index = str(wanted).partition(":")
-    count = torch.cuda.device_count()
-    if kind != "cuda" or (index and not index.isdecimal()) or int(index or 0) >= count:
-        cards = f", cuda:0 to cuda:{count - 1}" if count else "; this machine has no CUDA device"
-        raise ConfigurationError(f"{name} must be cpu{cards}, not {wanted!r}", param=name)
-    return wanted
-
-
-def _vocoder_devices(wanted: str) -> list[str]:
-    """A device for each worker."""
-    return [str(_device("vocoder_device", each.strip())) for each in str(wanted).split(",")]
-
-
-def _vocoder_host(devices: list[str], own_process: bool | None) -> type[ProcessHost] | type[ThreadHost]:
-    """Where the vocoder's workers run."""
-    if own_process is False and len(devices) > 1:
-        raise ConfigurationError(
-            f"vocoder_process=False runs one worker, and vocoder_device={','.join(devices)!r} names {len(devices)} "
-            "devices; name one device, or leave vocoder_process out",
-            param="vocoder_process",
-        )
-    needed = len(devices) > 1 or devices != ["cpu"]
-    return ProcessHost if (needed if own_process is None else own_process) else ThreadHost
-
-
-def _vocoder_dtype(wanted: str) -> torch.dtype | None:
-    """None for the device's best."""
-    if wanted not in VOCODER_DTYPES:
-        raise ConfigurationError(
-            f"vocoder_dtype must be one of {', '.join(VOCODER_DTYPES)}, not {wanted!r}", param="vocoder_dtype"
-        )
-    return VOCODER_DTYPES[wanted]
-
-
-def _check(name: str, value: Any, low: float, high: float, kind: type) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not (whole or (kind is float and isinstance(value, float))) or not low <= float(value) <= high:
-        noun = "a number" if kind is float else "an integer"
-        raise ConfigurationError(f"{name} must be {noun} from {low} to {high}, not {value!r}", param=name)

@@ -30,6 +30,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, T
 from pydantic.fields import FieldInfo
 
 from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.quantization.policy import (
+    FIELDS,
+    SPELLINGS,
+    STRATEGIES,
+    Given,
+    Policy,
+    QuantizationStrategy,
+    claims,
+)
 from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_MODEL_LEN, MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
 
 logger = logging.getLogger(__name__)
@@ -53,30 +62,31 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "ultra-low-vram": {
             "max_batch_size": 1,
-            "max_model_len": 500,
-            "gpu_memory_utilization": 0.4,
+            "max_model_len": 640,
             "max_chunk_length": 140,
-            "vocoder_process": False,
-            "quantization": "bitsandbytes",
+            "quantization_strategy": "aggressive",
+            "vram_budget": "2GiB",
         },
         "low-vram": {
             "max_batch_size": 2,
             "max_model_len": 800,
-            "gpu_memory_utilization": 0.45,
             "max_chunk_length": 240,
-            "vocoder_process": False,
+            "quantization_strategy": "mixed",
+            "vram_budget": "4GiB",
         },
-        "medium-vram": {"max_batch_size": 8, "max_model_len": 1000, "gpu_memory_utilization": 0.5},
-        "high-vram": {"max_batch_size": 64, "max_model_len": 1200, "gpu_memory_utilization": 0.6},
+        "medium-vram": {"max_batch_size": 8, "max_model_len": 1000, "vram_budget": "8GiB"},
+        "high-vram": {"max_batch_size": 32, "max_model_len": 1200, "vram_budget": "16GiB"},
     }
 )
-"""Defaults for cards of about 4, 6, 8 and 16 GB or more. A shorter ``max_model_len`` holds less speech, so the small
-presets also split text sooner. bitsandbytes applies where there is an NVIDIA GPU."""
+"""Defaults for so much of a GPU's memory. A shorter ``max_model_len`` holds less speech, so the small presets also
+split text sooner. Budget and quantisation apply where there is an NVIDIA GPU."""
 
-_METHODS: Final[Mapping[str, str | None]] = MappingProxyType({"none": None, "bnb-4bit": "bitsandbytes"})
-"""Our names for what vLLM calls otherwise."""
-_METHODS_NOT_YET: Final = frozenset({"awq", "bnb-8bit"})
-_NOT_YET: Final = ("quantize_s3gen", "quantize_voice_encoder", "use_int8_quantization")
+
+_SWITCHES: Final = frozenset(
+    {"use_quantization", "quantize_s3gen", "quantize_voice_encoder", "use_bnb_quantization", "use_int8_quantization"}
+)
+_METHOD_OF: Final = frozenset({"use_quantization", "quantize_s3gen", "quantize_voice_encoder"})
+"""The switches to which ``quantization_method`` belongs."""
 
 
 def _json_object(value: Any) -> Any:
@@ -94,7 +104,8 @@ VariantName = Literal["english", "multilingual", "multilingual-v3"]
 PresetName = Literal["ultra-low-vram", "low-vram", "medium-vram", "high-vram"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-Method = Literal["bnb-4bit", "bnb-8bit", "awq"]
+MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+StrategyName = Literal["none", "conservative", "mixed", "aggressive", "auto"]
 
 
 class Settings(BaseModel):
@@ -144,14 +155,24 @@ class Settings(BaseModel):
     )
     engine_args: JsonObject = Field({}, description="further vLLM engine arguments, as a JSON object")
 
-    quantization: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_\-]+$", description="none, bitsandbytes, or another vLLM quantisation method"
+    quantization: MethodName | None = Field(
+        None, description="of T3: none, bnb-4bit, bnb-8bit, awq, int8, fp8, or another method of vLLM's"
     )
-    use_quantization: bool | None = Field(None, description="quantise by quantization_method")
-    quantization_method: Method | None = Field(None, description="method of use_quantization; bnb-4bit if unset")
-    quantize_s3gen: bool = Field(False, description="quantise the vocoder (not available yet)")
-    quantize_voice_encoder: bool = Field(False, description="quantise the voice encoder (not available yet)")
-    use_int8_quantization: bool = Field(False, description="8-bit T3 (not available yet)")
+    quantization_strategy: StrategyName | None = Field(None, description="of everything; auto goes by free memory")
+    quantization_profile: Path | None = Field(None, description='of everything: a TOML file, as t3 = "bnb-4bit"')
+    flow_encoder_quantization: MethodName | None = Field(None, description="of the flow's encoder: none, bnb-4bit, ...")
+    estimator_quantization: MethodName | None = Field(None, description="of the flow's estimator: none, bnb-4bit, ...")
+    voice_encoder_quantization: MethodName | None = Field(None, description="of the voice encoder; worth 0.2 MB")
+    use_quantization: bool | None = Field(None, description="quantise T3 by quantization_method")
+    quantization_method: MethodName | None = Field(None, description="of use_quantization; bnb-4bit if unset")
+    quantize_s3gen: bool | None = Field(None, description="quantise the vocoder, too")
+    quantize_voice_encoder: bool | None = Field(None, description="quantise the voice encoder, too")
+    use_bnb_quantization: bool | None = Field(None, description="the same as quantization=bnb-8bit")
+    use_int8_quantization: bool | None = Field(None, description="T3 and vocoder in int8, on a CPU, too")
+    strict_quantization: bool = Field(False, description="an error, not a weaker strategy, where one does not work")
+    vram_budget: str | None = Field(
+        None, description="all of the GPU's memory that may be used, as 2GiB; checked first"
+    )
 
     exaggeration: float = _option("exaggeration", "default expressiveness; 0.5 is neutral")
     cfg_weight: float = _option("cfg_weight", "default guidance by the text; 0 switches it off")
@@ -198,6 +219,15 @@ class Settings(BaseModel):
         return SpeechOptions(**{name: getattr(self, name) for name in names})
 
     @property
+    def policy(self) -> Policy:
+        """Which network is quantised how; of the strategy ``auto``, nothing is settled yet."""
+        methods = {name: getattr(self, field) or "none" for name, field in FIELDS.items()}
+        name = self.quantization_strategy
+        if name not in {None, QuantizationStrategy.AUTO} and STRATEGIES[str(name)].methods != methods:
+            name = None  # something else was said of a component, in a place that counts more
+        return Policy(**methods, strategy=name)
+
+    @property
     def effective_log_level(self) -> str:
         return "debug" if self.debug else self.log_level
 
@@ -240,9 +270,10 @@ def load(
         _from_variables(os.environ if environment is None else environment, ""),
         {name: _Value(value, flag(name)) for name, value in (flags or {}).items() if value is not None},
     ]
-    method = _merged(layers).get("quantization_method")
-    chosen = _merged([_one_spelling(layer, method) for layer in layers])
-    return _build(_preset(chosen) | chosen)
+    given = _merged(layers)
+    given = _preset(given) | given
+    layers.insert(0, _preset(given))
+    return _build(_merged([_one_spelling(layer, given) for layer in layers]))
 
 
 def variables(name: str) -> tuple[str, ...]:
@@ -355,17 +386,29 @@ def _warn_of_unknown(source: Iterable[str], place: str) -> None:
             logger.warning("%s%s has no effect in a file; set it in the environment", place, key)
 
 
-def _one_spelling(layer: _Layer, method: _Value | None) -> _Layer:
-    """``layer`` with ``use_quantization`` and ``quantization_method`` said as ``quantization``."""
-    use = layer.get("use_quantization")
-    if use is None or (wanted := _truth(use.value)) is None:
-        return layer
-    said = (method or use._replace(value="bnb-4bit")) if wanted else use._replace(value="none")
-    direct = layer.get("quantization")
-    if direct is not None and _METHODS.get(direct.value, direct.value) != _METHODS.get(said.value, said.value):
-        both = f"{direct.origin}={direct.value} and {use.origin}={use.value}"
-        raise ConfigurationError(f"{both} disagree; keep one", param=direct.origin)
-    return {**layer, "quantization": said}
+def _one_spelling(layer: _Layer, everywhere: _Layer) -> _Layer:
+    """``layer`` with all that it says of quantisation said component by component, so that the next can overrule it.
+
+    Args:
+        everywhere: all layers' values: a method and the switch that it belongs to may come from different ones.
+    """
+    given = {name: Given(*layer[name]) for name in SPELLINGS if name in layer}
+    for name in _SWITCHES & given.keys():
+        if (truth := _truth(given[name].value)) is None:
+            return layer  # it will be complained of
+        given[name] = given[name]._replace(value=truth)
+    method, switches = everywhere.get("quantization_method"), _METHOD_OF & everywhere.keys()
+    if not _METHOD_OF & given.keys():
+        if switches:
+            given.pop("quantization_method", None)
+    elif method is not None:
+        given["quantization_method"] = Given(*method)
+    methods, strategy = claims(given)
+    named = next((given[name].origin for name in SPELLINGS if name in given), "")
+    said = {FIELDS[component]: _Value(value, named) for component, value in methods.items()}
+    if strategy == QuantizationStrategy.AUTO:
+        said = {field: _Value(None, named) for field in FIELDS.values()} | said
+    return {**layer, **said}
 
 
 def _truth(value: Any) -> bool | None:
@@ -382,7 +425,8 @@ def _preset(chosen: _Layer) -> dict[str, _Value]:
         return {}
     table = dict(PRESETS.get(preset.value, {}))
     if ("device" in chosen and chosen["device"].value == "cpu") or not _has_nvidia_gpu():
-        table.pop("quantization", None)
+        for name in (*SPELLINGS, "vram_budget"):
+            table.pop(name, None)
     return {name: _Value(value, f"preset {preset.value}: {name}") for name, value in table.items()}
 
 
@@ -403,33 +447,16 @@ def _build(chosen: _Layer) -> Settings:
     if unknown:
         raise ConfigurationError(f"unknown settings: {', '.join(chosen[name].origin for name in sorted(unknown))}")
     try:
-        settings = Settings.model_validate({name: given.value for name, given in chosen.items()})
+        return Settings.model_validate({name: given.value for name, given in chosen.items()})
     except ValidationError as error:
         names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors(include_url=False))
         lines = [_complaint(name, chosen[name]) for name in names]
         raise ConfigurationError("\n".join(lines), param=chosen[next(iter(names))].origin) from None
-    _refuse_unavailable(settings, chosen)
-    method = settings.quantization
-    return settings.model_copy(update={"quantization": method and _METHODS.get(method, method)})
 
 
 def _complaint(name: str, given: _Value) -> str:
     shown = "(hidden)" if name == "api_key" else f"{given.value!s:.80}"
     return f"{given.origin}={shown}: must be {allowed(Settings.model_fields[name])}"
-
-
-def _refuse_unavailable(settings: Settings, chosen: _Layer) -> None:
-    """What has a name already but no effect yet is refused: a setting is never silently ignored."""
-    names = [name for name in _NOT_YET if getattr(settings, name)]
-    names += ["quantization"] if settings.quantization in _METHODS_NOT_YET else []
-    for name in names:
-        given = chosen[name]
-        message = f"{given.origin}={given.value} is not available yet; 4-bit T3 is: {PREFIX}QUANTIZATION=bitsandbytes"
-        raise ConfigurationError(message, param=given.origin)
-    if "quantization_method" in chosen and "quantization" not in chosen:
-        given = chosen["quantization_method"]
-        message = f"{given.origin}={given.value} has no effect without {PREFIX}USE_QUANTIZATION; set both or none"
-        raise ConfigurationError(message, param=given.origin)
 
 
 if __name__ == "__main__":

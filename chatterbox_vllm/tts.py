@@ -53,7 +53,10 @@ class ChatterboxTTS:
     """Text to speech with the English or the multilingual checkpoint. Build it with a ``from_...`` method.
 
     Keyword arguments of the builders are ``AsyncChatterbox.start``'s: ``max_batch_size``, ``max_model_len``,
-    ``gpu_memory_utilization``, ``quantization``, ..., and any argument of ``vllm.AsyncEngineArgs``.
+    ``gpu_memory_utilization``, ``vram_budget``, ..., any spelling of quantisation
+    (``quantization.policy.claims``: ``quantization="bnb-4bit"``, ``use_bnb_quantization=True``,
+    ``quantization_strategy="mixed"``, ...), and any argument of ``vllm.AsyncEngineArgs``. Other projects' names work,
+    too: ``compile`` (compile T3 and capture graphs) and ``s3gen_use_fp16``.
     """
 
     variant = Variant.ENGLISH
@@ -63,7 +66,7 @@ class ChatterboxTTS:
         self._streams: set[AsyncGenerator[Any, None]] = set()
         self._loop = LoopThread("chatterbox")
         try:
-            self._engine = self._loop.run(AsyncChatterbox.start(model, **engine))
+            self._engine = self._loop.run(AsyncChatterbox.start(model, **_own_names(engine)))
         except BaseException:
             self._loop.end()
             raise
@@ -83,6 +86,17 @@ class ChatterboxTTS:
     def from_pretrained_multilingual(cls, device: str | None = None, **engine: Any) -> Self:
         """As ``from_pretrained``, the multilingual checkpoint."""
         return cls(_model(Variant.MULTILINGUAL, engine), device=device, **engine)
+
+    @classmethod
+    def from_pretrained_quantized(
+        cls, device: str | None = None, quantization_strategy: str = "mixed", **engine: Any
+    ) -> Self:
+        """As ``from_pretrained``, with a strategy: conservative, mixed, aggressive, or auto, by free memory.
+
+        Where one does not work, the next that quantises less is tried, with a warning, unless
+        ``strict_quantization=True``.
+        """
+        return cls.from_pretrained(device, quantization_strategy=quantization_strategy, **engine)
 
     @classmethod
     def from_local(cls, ckpt_dir: str | Path | Checkpoint, device: str | None = None, **engine: Any) -> Self:
@@ -196,6 +210,10 @@ class ChatterboxTTS:
         options.setdefault("exaggeration", cond_emb.exaggeration)
         return self.generate(text, audio_prompt_path=voice, **options)
 
+    def get_quantization_info(self) -> dict[str, Any]:
+        """What is quantised, how, and what it saves: see ``AsyncChatterbox.quantization_info``."""
+        return self._engine.quantization_info()
+
     def get_supported_languages(self) -> dict[str, str]:
         """Code to name of the languages the loaded checkpoint speaks."""
         return self._engine.languages
@@ -301,6 +319,16 @@ class ChatterboxMultilingualTTS(ChatterboxTTS):
     ) -> Any:
         """``ChatterboxTTS.speech_tokens`` with the language in second place."""
         return super().speech_tokens(text, audio_prompt_path, language_id, **options)
+
+
+def _own_names(engine: dict[str, Any]) -> dict[str, Any]:
+    """``engine`` with our names for what another project calls otherwise."""
+    named = dict(engine)
+    if (wanted := named.pop("compile", None)) is not None:
+        named.setdefault("enforce_eager", not wanted)
+    if named.pop("s3gen_use_fp16", False):
+        named.setdefault("vocoder_dtype", "float16")
+    return named
 
 
 def _model(variant: Variant, engine: dict[str, Any]) -> str:

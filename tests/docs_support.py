@@ -14,14 +14,7 @@ from chatterbox_vllm.types import OPTION_RANGES, SpeechOptions
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-PRESET_COLUMNS = (
-    "max_batch_size",
-    "max_model_len",
-    "gpu_memory_utilization",
-    "max_chunk_length",
-    "vocoder_process",
-    "quantization",
-)
+PRESET_COLUMNS = ("vram_budget", "quantization_strategy", "max_batch_size", "max_model_len", "max_chunk_length")
 
 
 def setting_row(name: str) -> str:

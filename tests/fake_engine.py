@@ -72,6 +72,18 @@ class FakeChatterbox:
             waiting=1,
         )
 
+    def quantization_info(self) -> dict[str, Any]:
+        return {
+            "quantized": True,
+            "strategy": None,
+            "method": "int8",
+            "components": {"t3": {"method": "int8", "bytes": 100, "bytes_before": 400, "layers": 7}},
+        }
+
+    async def memory(self) -> dict[str, Any]:
+        process = {"name": "t3", "weights": 100, "allocated": 200, "peak": 300, "reserved": 400}
+        return {"processes": [process], "components": {"t3": 100}, "budget": 2**31, "items": {"t3 weights": 100}}
+
     def health(self) -> SimpleNamespace:
         reason = "the engine has died" if self.dead else None
         return SimpleNamespace(live=not self.dead, ready=not self.dead, reason=reason, active=self.active)

@@ -92,7 +92,7 @@ def test_the_server_brings_its_own_settings(served: list[Settings]) -> None:
     ("argv", "told"),
     [
         (["serve", "--port", "99999"], "chatterbox-vllm: --port=99999: must be an integer from 0 to 65535\n"),
-        (["serve", "--quantize-s3gen"], "chatterbox-vllm: --quantize-s3gen=True is not available yet"),
+        (["serve", "--quantization-method", "awq"], "chatterbox-vllm: --quantization-method=awq has no effect"),
         (["say", "  ", "-o", "x.wav"], "chatterbox-vllm: text is empty"),
         (["say", "Hi.", "-o", "x.midi"], "chatterbox-vllm: response_format must be one of"),
         (["say", "Hi.", "-o", "x.wav", "--seed", "-1"], "chatterbox-vllm: seed must be an integer from 0"),

@@ -10,16 +10,20 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from chatterbox_vllm.quantization.policy import COMPONENTS, SPELLINGS, Given, Policy, resolve
 from tests.fake_engine import FakeChatterbox, running, wav
 
 if TYPE_CHECKING:
+    from chatterbox_vllm.checkpoint import Checkpoint
     from chatterbox_vllm.tts import ChatterboxTTS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -47,6 +51,7 @@ def sound(source: Any) -> np.ndarray:
 
 def test_every_example_is_tested() -> None:
     tested = {"example-tts", "example-tts-min-vram", "example-voices-batch", "example-streaming-client"}
+    tested |= {"example_tts_quantized", "example-tts-ultra-low-vram"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == tested
 
 
@@ -73,6 +78,65 @@ def test_little_memory(cache: Path, tmp_path: Path) -> None:
     printed = run("example-tts-min-vram", "--max-tokens", 12, "-o", file, CHATTERBOX_MODEL="demo")
     assert len(sound(file)) == 12 * 960
     assert printed == f"{file}: 0.5 s\n"
+
+
+@pytest.fixture
+def asked(model: ChatterboxTTS, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What examples ask of ``from_local``, whose engine is the tests'; it stands for the multilingual one, too."""
+    from chatterbox_vllm.tts import ChatterboxMultilingualTTS, ChatterboxTTS
+
+    options: list[dict[str, Any]] = []
+
+    def generate(text: str, language_id: str | None = None, **more: Any) -> Any:
+        return model.generate(text, **more)
+
+    both = SimpleNamespace(generate=generate, sr=model.sr, get_quantization_info=lambda: {"quantized": True})
+
+    def from_local(name: str, **more: Any) -> Any:
+        options.append({"model": name, **more})
+        return nullcontext(both)
+
+    for kind in (ChatterboxTTS, ChatterboxMultilingualTTS):
+        monkeypatch.setattr(kind, "from_local", from_local)
+    return options
+
+
+def policy(options: dict[str, Any]) -> Policy:
+    """What an example's arguments ask of quantisation."""
+    return resolve({name: Given(value, name) for name, value in options.items() if name in SPELLINGS})
+
+
+def test_both_models_quantised(asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    main = main_of("example_tts_quantized")
+    options = ["--max-tokens", "12", "-o", str(tmp_path)]
+    main([*options, "--model", "demo", "--multilingual-model", "demo-multilingual"])
+    assert [each.pop("model") for each in asked] == ["demo", "demo-multilingual"]
+    assert [policy(each) for each in asked] == [Policy(t3="bnb-8bit")] * 2
+    assert all(len(sound(tmp_path / f"{name}.wav")) == 12 * 960 for name in ("english", "french"))
+    main([*options, "--quantization", "int8"])
+    assert policy(asked[-1]) == Policy(t3="int8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_both_models_quantised_without_a_gpu(demo: Checkpoint, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"(?s)NVIDIA GPU.*--quantization int8"):
+        main_of("example_tts_quantized")(["--model", str(demo.folder), "-o", str(tmp_path)])
+
+
+def test_very_little_memory(
+    asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, main = tmp_path / "speech.wav", main_of("example-tts-ultra-low-vram")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    main(["Hello.", "--max-tokens", "12", "-o", str(file)])
+    assert policy(asked[0]) == Policy("int8", "int8", "int8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6 << 30, 8 << 30))
+    main(["Hello.", "--max-tokens", "12", "--budget", "1.5GiB", "-o", str(file)])
+    assert policy(asked[1]).methods == dict.fromkeys(COMPONENTS, "bnb-4bit")
+    assert asked[1]["vram_budget"] == "1.5GiB"
+    assert "2.00 GiB of the card's 8.00 are in use" in capsys.readouterr().out
+    assert len(sound(file)) == 12 * 960
 
 
 def test_a_batch_of_voices(shared: ChatterboxTTS, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import config
 from chatterbox_vllm import settings as module
 from chatterbox_vllm.api.app import engine_arguments
 from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.quantization.policy import STRATEGIES
 from chatterbox_vllm.settings import PRESETS, Settings, example, load, variables
 from chatterbox_vllm.types import SpeechOptions
 
@@ -66,7 +67,7 @@ def test_a_preset_sets_only_defaults() -> None:
 
 
 def test_a_preset_of_the_environment_counts_like_a_flag() -> None:
-    assert loaded(environment={"CHATTERBOX_PRESET": "high-vram"}).max_batch_size == 64
+    assert loaded(environment={"CHATTERBOX_PRESET": "high-vram"}).max_batch_size == 32
     assert loaded({"preset": "low-vram"}, {"CHATTERBOX_PRESET": "high-vram"}).max_batch_size == 2
 
 
@@ -80,35 +81,43 @@ def test_every_preset_is_valid(name: str) -> None:
 
 def test_ultra_low_vram_quantises_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_has_nvidia_gpu", lambda: False)
-    assert loaded({"preset": "ultra-low-vram"}).quantization is None
+    assert not loaded({"preset": "ultra-low-vram"}).policy.is_quantized
     monkeypatch.setattr(module, "_has_nvidia_gpu", lambda: True)
-    assert loaded({"preset": "ultra-low-vram"}).quantization == "bitsandbytes"
-    assert loaded({"preset": "ultra-low-vram", "device": "cpu"}).quantization is None
+    assert loaded({"preset": "ultra-low-vram"}).policy == STRATEGIES["aggressive"]
+    assert not loaded({"preset": "ultra-low-vram", "device": "cpu"}).policy.is_quantized
 
 
 @pytest.mark.parametrize(
-    ("environment", "quantization"),
+    ("environment", "t3", "estimator"),
     [
-        ({"CHATTERBOX_QUANTIZATION": "none"}, None),
-        ({"CHATTERBOX_QUANTIZATION": "bnb-4bit"}, "bitsandbytes"),
-        ({"CHATTERBOX_QUANTIZATION": "fp8"}, "fp8"),
-        ({"CHATTERBOX_USE_QUANTIZATION": "false"}, None),
-        ({"CHATTERBOX_USE_QUANTIZATION": "true"}, "bitsandbytes"),
-        ({"CHATTERBOX_USE_QUANTIZATION": "1", "CHATTERBOX_QUANTIZATION_METHOD": "bnb-4bit"}, "bitsandbytes"),
-        ({"CHATTERBOX_USE_QUANTIZATION": "no", "CHATTERBOX_QUANTIZATION_METHOD": "awq"}, None),
-        ({"CHATTERBOX_USE_QUANTIZATION": "true", "CHATTERBOX_QUANTIZATION": "bitsandbytes"}, "bitsandbytes"),
+        ({"CHATTERBOX_QUANTIZATION": "none"}, "none", "bnb-4bit"),
+        ({"CHATTERBOX_QUANTIZATION": "bnb-8bit"}, "bnb-8bit", "bnb-4bit"),
+        ({"CHATTERBOX_QUANTIZATION": "fp8"}, "fp8", "bnb-4bit"),
+        ({"CHATTERBOX_USE_QUANTIZATION": "false"}, "none", "none"),
+        ({"CHATTERBOX_USE_QUANTIZATION": "1", "CHATTERBOX_QUANTIZATION_METHOD": "bnb-8bit"}, "bnb-8bit", "bnb-4bit"),
+        ({"CHATTERBOX_USE_QUANTIZATION": "no", "CHATTERBOX_QUANTIZATION_METHOD": "awq"}, "none", "none"),
+        ({"CHATTERBOX_USE_QUANTIZATION": "true", "CHATTERBOX_QUANTIZATION": "bitsandbytes"}, "bnb-4bit", "bnb-4bit"),
+        ({"CHATTERBOX_QUANTIZE_S3GEN": "true", "CHATTERBOX_QUANTIZATION": "bnb-8bit"}, "bnb-8bit", "bnb-8bit"),
+        ({"CHATTERBOX_QUANTIZATION_STRATEGY": "none"}, "none", "none"),
+        ({"CHATTERBOX_QUANTIZATION_STRATEGY": "auto"}, "none", "none"),
+        ({"CHATTERBOX_ESTIMATOR_QUANTIZATION": "none"}, "bnb-4bit", "none"),
+        ({"USE_INT8_QUANTIZATION": "true"}, "int8", "int8"),
+        ({"CHATTERBOX_USE_BNB_QUANTIZATION": "true"}, "bnb-8bit", "bnb-4bit"),
     ],
 )
 @pytest.mark.usefixtures("gpu")
-def test_spellings_of_quantisation(environment: dict[str, str], quantization: str | None) -> None:
-    """An explicit one also beats the preset's."""
-    assert loaded({"preset": "ultra-low-vram"}, environment).quantization == quantization
+def test_spellings_of_quantisation(environment: dict[str, str], t3: str, estimator: str) -> None:
+    """An explicit one also beats the preset's, component by component."""
+    policy = loaded({"preset": "ultra-low-vram"}, environment).policy
+    assert (policy.t3, policy.estimator) == (t3, estimator)
 
 
 def test_a_higher_source_decides_about_quantisation() -> None:
     deployment = {"quantization": "bitsandbytes"}
-    assert loaded(environment={"CHATTERBOX_USE_QUANTIZATION": "false"}, deployment=deployment).quantization is None
-    assert loaded({"use_quantization": False}, {"CHATTERBOX_QUANTIZATION": "fp8"}).quantization is None
+    assert loaded(environment={"CHATTERBOX_USE_QUANTIZATION": "false"}, deployment=deployment).policy.t3 == "none"
+    assert loaded({"use_quantization": False}, {"CHATTERBOX_QUANTIZATION": "fp8"}).policy.t3 == "none"
+    assert loaded({"use_quantization": True}, {"CHATTERBOX_QUANTIZATION_METHOD": "bnb-8bit"}).policy.t3 == "bnb-8bit"
+    assert loaded({"quantization_strategy": "auto"}, {"CHATTERBOX_QUANTIZATION": "fp8"}).policy.strategy == "auto"
 
 
 @pytest.mark.parametrize(
@@ -138,19 +147,24 @@ def test_a_higher_source_decides_about_quantisation() -> None:
         ),
         (
             {"CHATTERBOX_QUANTIZATION": "fp8", "CHATTERBOX_USE_QUANTIZATION": "true"},
-            "CHATTERBOX_QUANTIZATION=fp8 and CHATTERBOX_USE_QUANTIZATION=true disagree; keep one",
+            "CHATTERBOX_QUANTIZATION=fp8 and CHATTERBOX_USE_QUANTIZATION=true disagree about t3; keep one",
         ),
-        ({"CHATTERBOX_QUANTIZE_S3GEN": "true"}, "CHATTERBOX_QUANTIZE_S3GEN=true is not available yet"),
-        ({"CHATTERBOX_QUANTIZE_VOICE_ENCODER": "1"}, "CHATTERBOX_QUANTIZE_VOICE_ENCODER=1 is not available yet"),
-        ({"USE_INT8_QUANTIZATION": "true"}, "USE_INT8_QUANTIZATION=true is not available yet"),
-        ({"CHATTERBOX_QUANTIZATION": "awq"}, "CHATTERBOX_QUANTIZATION=awq is not available yet"),
         (
-            {"CHATTERBOX_USE_QUANTIZATION": "true", "CHATTERBOX_QUANTIZATION_METHOD": "bnb-8bit"},
-            "CHATTERBOX_QUANTIZATION_METHOD=bnb-8bit is not available yet",
+            {"CHATTERBOX_QUANTIZATION_STRATEGY": "mixed", "CHATTERBOX_USE_BNB_QUANTIZATION": "true"},
+            "CHATTERBOX_USE_BNB_QUANTIZATION=true and CHATTERBOX_QUANTIZATION_STRATEGY=mixed disagree about t3; keep",
         ),
+        (
+            {"CHATTERBOX_USE_QUANTIZATION": "false", "CHATTERBOX_QUANTIZE_S3GEN": "true"},
+            "CHATTERBOX_USE_QUANTIZATION=false and CHATTERBOX_QUANTIZE_S3GEN=true disagree about flow_encoder; keep",
+        ),
+        (
+            {"CHATTERBOX_QUANTIZATION": "bitsandbytes", "USE_INT8_QUANTIZATION": "true"},
+            "CHATTERBOX_QUANTIZATION=bitsandbytes and USE_INT8_QUANTIZATION=true disagree about t3; keep one",
+        ),
+        ({"CHATTERBOX_QUANTIZATION_STRATEGY": "brave"}, "CHATTERBOX_QUANTIZATION_STRATEGY=brave is no strategy; there"),
         (
             {"CHATTERBOX_QUANTIZATION_METHOD": "bnb-4bit"},
-            "CHATTERBOX_QUANTIZATION_METHOD=bnb-4bit has no effect without CHATTERBOX_USE_QUANTIZATION",
+            "CHATTERBOX_QUANTIZATION_METHOD=bnb-4bit has no effect without use_quantization; set both or none",
         ),
     ],
 )
@@ -275,7 +289,7 @@ def test_config_py_has_the_promised_names(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(config, "OTHER", {"port": 4123})
     monkeypatch.setattr(config, "BNB_QUANTIZATION", "bitsandbytes")
     settings = config.settings()
-    assert (settings.temperature, settings.port, settings.quantization) == (0.6, 4123, "bitsandbytes")
+    assert (settings.temperature, settings.port, settings.quantization) == (0.6, 4123, "bnb-4bit")
     monkeypatch.setenv("CHATTERBOX_TEMPERATURE", "0.7")
     assert config.settings().temperature == 0.7
     assert config.settings({"temperature": "0.9"}).temperature == 0.9

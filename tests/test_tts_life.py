@@ -18,7 +18,7 @@ import soundfile
 from chatterbox_vllm import tts
 from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError, EngineDead
-from chatterbox_vllm.t3 import launch
+from chatterbox_vllm.t3 import launch, methods
 from chatterbox_vllm.tts import ChatterboxMultilingualTTS, ChatterboxTTS
 from tests.fake_engine import FakeChatterbox, wait_for
 
@@ -74,14 +74,14 @@ def test_a_bad_engine_argument_is_named_with_its_range(
 def test_four_bit_weights_need_a_gpu(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.current_platform, "is_cpu", lambda: True)
     with pytest.raises(ConfigurationError, match="needs an NVIDIA GPU"):
-        launch.engine_arguments(launch.infer_config(demo.t3), {"quantization": "bitsandbytes"})
+        launch.engine_arguments(launch.infer_config(demo.t3), {}, "bnb-4bit")
 
 
 def test_four_bit_weights_need_a_plugin(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch.current_platform, "is_cpu", lambda: False)
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    monkeypatch.setattr(methods, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install 'vllm-bnb-plugin"):
-        launch.engine_arguments(launch.infer_config(demo.t3), {"quantization": "bitsandbytes"})
+        launch.engine_arguments(launch.infer_config(demo.t3), {}, "bnb-4bit")
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_an_utterance_without_the_memory_for_it_changes_none():
 @pytest.mark.parametrize(("free", "frames"), [(2**20, 2048), (4 * 2**30, 4096), (80 * 2**30, 8_192)])
 def test_a_gpus_free_memory_bounds_its_batches(free, frames, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 2 * free))
-    assert frames_at_once(torch.device("cuda")) == frames
+    assert frames_at_once(torch.device("cuda"), weights=0) == frames
 
 
 def test_one_batch_holds_an_utterance_once():

@@ -16,8 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from chatterbox_vllm.quantization.matrices import QuantizedLinear, quantized
 from chatterbox_vllm.vocoder import noise, weights
 from chatterbox_vllm.vocoder.batching import padded, row_mask
+from chatterbox_vllm.vocoder.cuda import encoder
 from chatterbox_vllm.vocoder.cuda.encoder import ALIGNMENT, HalfEncoder
 from chatterbox_vllm.vocoder.cuda.tiling import Tile, Tiling
 from chatterbox_vllm.vocoder.hift import Stretch
@@ -31,9 +33,13 @@ if not ON_CARD:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 
+def built() -> weights.Networks:
+    return weights.build(tensors(), Path("s3gen.safetensors"))
+
+
 @pytest.fixture(scope="module")
 def networks() -> weights.Networks:
-    return weights.build(tensors(), Path("s3gen.safetensors")).to(DEVICE)
+    return built().to(DEVICE)
 
 
 class Called:
@@ -49,16 +55,19 @@ class Called:
 
 
 @torch.inference_mode()
-def test_the_encoder_agrees_for_rows_of_any_length(networks):
+def test_the_encoder_agrees_for_rows_of_any_length(networks, monkeypatch):
     lengths = [3 * ALIGNMENT, 30, 7]
     tokens = padded([torch.randint(0, 6561, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths])
     x, mask = networks.flow.input_embedding(tokens.to(DEVICE)), row_mask(lengths, DEVICE)
     expected = networks.flow.encoder(x, mask)
-    actual = HalfEncoder(networks.flow.encoder, torch.float32)(x, mask)
-    rough = HalfEncoder(networks.flow.encoder, torch.bfloat16)(x, mask)
+    actual = HalfEncoder(networks.flow.encoder, torch.float32, DEVICE)(x, mask)
+    rough = HalfEncoder(networks.flow.encoder, torch.bfloat16, DEVICE)(x, mask)
+    monkeypatch.setattr(encoder, "LONGEST", 32)  # of longer ones, distances are computed anew
+    longer = HalfEncoder(networks.flow.encoder, torch.float32, DEVICE)(x, mask)
     real = mask.repeat_interleave(2, dim=1)
     assert expected[real].std() > 0.1
     assert (actual - expected)[real].abs().max() < 1e-4
+    assert torch.equal(longer, actual)
     assert (rough - expected)[real].abs().mean() < 0.02 * expected[real].abs().mean()
 
 
@@ -71,18 +80,12 @@ def test_the_estimator_agrees_for_packed_rows(networks, monkeypatch):
     steps = 2
 
     if not ON_CARD:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-        monkeypatch.setattr(
-            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
-        )
-        monkeypatch.setattr(graphs.GraphSolver, "_captured", played)
-        monkeypatch.setattr(graphs, "SMALLEST", 128)
-        monkeypatch.setattr(graphs, "LONGEST", 128)
+        without_card(monkeypatch)
     lengths = [60, 17, 41]
     noisy, mu, cond = torch.randn(3, 3, 60, 80, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     speaker = torch.randn(3, 80, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     expected = networks.flow.solve(noisy, mu, speaker, cond, row_mask(lengths, DEVICE), steps)
-    estimator = PackedEstimator(networks.flow.estimator, dtype=torch.float16, device=DEVICE)
+    estimator = PackedEstimator(built().flow.estimator, dtype=torch.float16, device=DEVICE)
     solver = graphs.GraphSolver(estimator, frames=128)
     for _ in range(2):  # what a batch leaves behind does not matter to the next
         actual = solver.solve(noisy, mu, speaker, cond, lengths, steps)
@@ -95,6 +98,18 @@ def test_the_estimator_agrees_for_packed_rows(networks, monkeypatch):
         assert (alone - actual[1]).abs().max() < 0.01
 
 
+def without_card(monkeypatch):
+    """Has what is needed of a card computed by the interpreter."""
+    from chatterbox_vllm.vocoder.cuda import graphs
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    )
+    monkeypatch.setattr(graphs.GraphSolver, "_captured", played)
+    monkeypatch.setattr(graphs, "SMALLEST", 128)
+
+
 def played(solver, size, steps):
     """A graph without a card: computes when it is replayed."""
 
@@ -103,6 +118,62 @@ def played(solver, size, steps):
             solver._estimator.step(size.rows, solver._room, size.tiling, shifts, length, 0.7)
 
     return SimpleNamespace(replay=replay)
+
+
+@needs_triton
+@pytest.mark.parametrize("method", ["bnb-4bit", "bnb-8bit"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_are_decoded_to_the_bit(method, transposed):
+    """Among them one with scales that are not a whole number of outer blocks, and some side by side."""
+    from chatterbox_vllm.vocoder.cuda.dequantize import Scratch
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = [[(64, 128), (128, 128)], [(192, 64)], [(64, 320)]]
+    weights = [[torch.randn(size, generator=generator) for size in place] for place in sizes]
+    places = [[quantized(weight, method) for weight in place] for place in weights]
+    # The interpreter cuts bfloat16's lower half off.
+    for dtype in (torch.float16, torch.bfloat16 if ON_CARD else torch.float32):
+        scratch = Scratch(60_000, dtype=dtype, device=DEVICE)
+        scratch.memory.fill_(torch.nan)
+        group = scratch.group(places, transposed=transposed)
+        group.decode(overlap=False)
+        for place, actual in zip(places, group.matrices, strict=True):
+            expected = torch.cat([matrix.to(DEVICE).dequantize(dtype) for matrix in place])
+            assert torch.equal(actual, expected.T if transposed else expected)
+
+
+@needs_triton
+@torch.inference_mode()
+@pytest.mark.parametrize("method", ["bnb-4bit", "int8"])
+def test_a_quantised_flow_is_one_with_the_decoded_weights(method, monkeypatch):
+    from chatterbox_vllm.vocoder.cuda import backend
+
+    if not ON_CARD:
+        without_card(monkeypatch)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(backend, "Captured", Called)
+        monkeypatch.setattr(backend, "to_device", lambda tensor, _: tensor)
+    packed = built()
+    weights.quantize(packed, {"flow_encoder": method, "estimator": method})
+    plain = built()
+    for of_packed, of_plain in zip(packed.modules(), plain.modules(), strict=True):
+        if isinstance(of_packed, QuantizedLinear):
+            of_plain.weight.copy_(of_packed.matrix.dequantize(torch.float32))
+    options = {"device": DEVICE, "dtype": torch.float16, "frames": 128}
+    quantised, reference = backend.CudaBackend(packed, **options), backend.CudaBackend(plain, **options)
+    tokens = [torch.arange(20), torch.arange(9)]
+    mu = reference.mu(tokens)
+    assert torch.equal(quantised.mu(tokens), mu)
+    lengths, shape = [40, 18], (2, 40, 80)
+    noisy, cond = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    given = (noisy, mu[:, :40], cond[:, 0], cond, lengths, 1)
+    for actual, expected in zip(quantised.solve(*given), reference.solve(*given), strict=True):
+        assert torch.equal(actual, expected)
+    now, before = quantised.footprint, reference.footprint
+    for name in ("flow_encoder", "estimator"):
+        assert now.before[name] == pytest.approx(before.weights[name], rel=0.005)
+        assert now.weights[name] < before.weights[name]
+    assert now.weights["scratch"] > before.weights["scratch"] == 0
 
 
 def stretch(lengths: list[int], waves: int) -> Stretch:
@@ -125,10 +196,9 @@ def test_hift_agrees_for_packed_utterances(networks, monkeypatch):
     from chatterbox_vllm.vocoder.cuda import hift
 
     if not ON_CARD:
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(hift, "Captured", Called)
     network = networks.mel2wav
-    fused = hift.FusedHift(network)
+    fused = hift.FusedHift(built().mel2wav, device=DEVICE, pool=None)
     for lengths in ([9, 17, 12], [6, 11]):  # what a batch leaves behind does not matter to the next
         given = stretch(lengths, network.m_source.waves)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

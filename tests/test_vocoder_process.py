@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chatterbox_vllm import engine
+from chatterbox_vllm import loading
 from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.engine import AsyncChatterbox, Health
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError, EngineDead, EngineError
@@ -367,7 +367,7 @@ def test_where_the_vocoder_runs(
         asked.extend(hosts)
         raise EngineError("enough is known")
 
-    monkeypatch.setattr(engine, "VocoderPool", refuse)
+    monkeypatch.setattr(loading, "VocoderPool", refuse)
     with pytest.raises(EngineError, match="enough"):
         asyncio.run(AsyncChatterbox.start(demo, watermark=False, vocoder_dtype="bfloat16", **arguments))
     assert [type(host) for host in asked] == [kind] * len(devices)

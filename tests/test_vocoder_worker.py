@@ -11,6 +11,7 @@ import torch
 
 from chatterbox_vllm.errors import CheckpointError, EngineDead, EngineError
 from chatterbox_vllm.vocoder import service
+from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.host import ThreadHost
 from chatterbox_vllm.vocoder.service import Service, pick
 from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
@@ -34,6 +35,9 @@ class Stub:
     @property
     def sizes(self) -> list[list[int]]:
         return [[len(step.tokens) for step in batch] for batch in self.batches]
+
+    def footprint(self):
+        return VocoderFootprint({}, {}, peak=len(self.batches))
 
     def speak(self, steps):
         self.batches.append(list(steps))
@@ -380,7 +384,7 @@ def test_news_after_the_loop_s_end_is_no_error():
         return host
 
     host = asyncio.run(main())
-    host._tell(Ready())
+    host._tell(Ready(VocoderFootprint({}, {})))
 
 
 def test_many_streams_through_a_real_vocoder():

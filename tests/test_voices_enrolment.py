@@ -17,6 +17,7 @@ from chatterbox_vllm.audio.decode import Waveform, decode
 from chatterbox_vllm.checkpoint import DERIVED_KEYS, Checkpoint, Variant, load_strict, load_tensors
 from chatterbox_vllm.demo_checkpoint import networks, write_demo
 from chatterbox_vllm.errors import CheckpointError, InvalidAudio
+from chatterbox_vllm.quantization.matrices import matrices_of
 from chatterbox_vllm.voices import enrolment
 from chatterbox_vllm.voices.enrolment import Enroller, load_enrolment_parts, load_voice_encoder, warm_up
 from tests.audio_support import sound_file, voice_like
@@ -126,6 +127,22 @@ def test_unloading_is_not_the_end(checkpoint: Checkpoint) -> None:
     enroller.unload()
     assert enroller._networks is None
     assert enroller.enrol(Waveform(voice_like(1.0), 24_000)).digest == before.digest
+
+
+@pytest.mark.parametrize("method", ["int8", "bnb-4bit"])
+def test_a_quantised_projection(method: str, checkpoint: Checkpoint, enroller: Enroller) -> None:
+    if method == "bnb-4bit":
+        pytest.importorskip("bitsandbytes")
+    small = Enroller(checkpoint, voice_encoder=method)
+    waveform = Waveform(voice_like(1.0), 24_000)
+    expected, actual = enroller.enrol(waveform), small.enrol(waveform)
+    assert 0.98 < torch.cosine_similarity(expected.speaker_embedding, actual.speaker_embedding, dim=0) < 1.0
+    assert torch.equal(expected.x_vector, actual.x_vector)
+    assert small._networks is not None
+    (matrix,) = matrices_of(small._networks.voice_encoder)
+    assert matrix.shape == (256, 256)
+    assert matrix.nbytes < 4 * 256 * 256 / (3.9 if method == "int8" else 7.5)
+    assert small.identity() != enroller.identity()  # a voice kept from before is enrolled anew
 
 
 @pytest.mark.parametrize("short", [False, True])

@@ -22,6 +22,7 @@ from torch.distributions.uniform import Uniform
 from chatterbox_vllm.demo_checkpoint import networks
 from chatterbox_vllm.types import SPOKEN_TOKENS, VoiceFeatures
 from chatterbox_vllm.vocoder import noise, weights
+from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.noise import Stream
 from chatterbox_vllm.vocoder.stage import Blueprint, Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, open_utterance
@@ -104,6 +105,9 @@ class _Obedient:
 
     def __init__(self, folder: Path, real: Vocoder | None) -> None:
         self.folder, self.real, self.spoken = folder, real, 0
+
+    def footprint(self) -> VocoderFootprint:
+        return VocoderFootprint({"hift": 1}, {"hift": 1}, allocated=2, peak=3 + self.spoken)
 
     def speak(self, steps: Sequence[Step]) -> list[Said]:
         value, order = float(self.spoken), steps[0].tokens[0].item()

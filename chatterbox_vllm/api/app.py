@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import Depends, FastAPI
 
 from chatterbox_vllm import __version__
-from chatterbox_vllm.api import faults, health, metrics, models, speech, voices
+from chatterbox_vllm.api import faults, health, introspection, metrics, models, speech, voices
 from chatterbox_vllm.api.admission import Admission
 from chatterbox_vllm.api.auth import require_key
 from chatterbox_vllm.api.drain import DrainingServer
@@ -32,7 +32,8 @@ _PASSED_ON: Final = (
     "max_batch_size",
     "max_model_len",
     "gpu_memory_utilization",
-    "quantization",
+    "strict_quantization",
+    "vram_budget",
     "vocoder_device",
     "vocoder_process",
     "vocoder_dtype",
@@ -58,7 +59,7 @@ def create_app(settings: Settings, engine: AsyncChatterbox | None = None) -> Fas
     app.state.services = Services(settings, Admission(settings.max_concurrent_requests), engine)
     app.state.metrics = metrics.Metrics(app.state.services)
     app.include_router(health.router)
-    for part in (speech, models, voices, metrics):
+    for part in (speech, models, voices, introspection, metrics):
         app.include_router(part.router, dependencies=[Depends(require_key)])
     app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(require_key)])(_schema_of(app))
     app.add_middleware(RequestId)
@@ -142,7 +143,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _engine(settings: Settings) -> AsyncChatterbox:
     engine = await asyncio.to_thread(import_module, "chatterbox_vllm.engine")  # imports torch and vLLM: seconds
-    if settings.quantization == "bitsandbytes":
+    if settings.policy.t3.startswith("bnb"):
         logger.info("Using bitsandbytes quantization to reduce VRAM consumption")
     started: AsyncChatterbox = await engine.AsyncChatterbox.start(**engine_arguments(settings))
     logger.info("ready to speak")
@@ -165,6 +166,7 @@ def engine_arguments(settings: Settings) -> dict[str, Any]:
     model, variant = settings.checkpoint
     arguments: dict[str, Any] = {name: getattr(settings, name) for name in _PASSED_ON}
     arguments |= {"model": model, "variant": Variant(variant) if variant else None, "schedule": _schedule(settings)}
+    arguments["quantization"] = settings.policy
     arguments["device"] = None if settings.device == "auto" else settings.device
     if settings.dtype != "auto":
         arguments["dtype"] = settings.dtype

@@ -186,10 +186,20 @@ def _matplotlib() -> Any:
         raise MissingDependency("matplotlib", purpose="for --plot", command=command) from error
 
 
-def plot(path: Path, levels: Sequence[Level], *, title: str, axis: str) -> None:
-    """First audio, throughput and underruns over the load."""
+def wide_figure(title: str) -> Any:
+    """A ``matplotlib.figure.Figure`` for three panels side by side.
+
+    Raises:
+        MissingDependency: matplotlib is not installed.
+    """
     figure = _matplotlib().Figure(figsize=(12, 3.6), layout="constrained")
     figure.suptitle(title)
+    return figure
+
+
+def plot(path: Path, levels: Sequence[Level], *, title: str, axis: str) -> None:
+    """First audio, throughput and underruns over the load."""
+    figure = wide_figure(title)
     first, rate, gaps = figure.subplots(1, 3)
     drawn = sorted((level for level in levels if level.ok), key=lambda level: level.load)
     loads = [level.load for level in drawn]

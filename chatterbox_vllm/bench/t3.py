@@ -16,6 +16,7 @@ import torch
 
 from chatterbox_vllm.bench.workload import TEXT_TOKENS, random_text, random_voice
 from chatterbox_vllm.checkpoint import cache_dir, resolve
+from chatterbox_vllm.quantization.policy import canonical
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.types import TOKEN_RATE, SpeechOptions
@@ -89,7 +90,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         launch,
         resolve(arguments.model).t3,
         cache=cache_dir(),
-        quantization=arguments.quantization,
+        method=canonical(arguments.quantization),
         max_model_len=arguments.max_model_len,
         max_num_seqs=max(arguments.requests),
         gpu_memory_utilization=arguments.gpu_memory_utilization,

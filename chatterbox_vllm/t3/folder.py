@@ -17,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 
 from chatterbox_vllm.checkpoint import unusable_cache
 from chatterbox_vllm.errors import CheckpointError
+from chatterbox_vllm.quantization.packing import Stored
+from chatterbox_vllm.quantization.policy import Method
 from chatterbox_vllm.t3 import ARCHITECTURE
 from chatterbox_vllm.t3.config import HEAD_DIM, T3Config
+from chatterbox_vllm.t3.conversion import linear_layers, vllm_quantization
 from chatterbox_vllm.t3.positions import VOICE_LENGTH
 from chatterbox_vllm.types import SPEECH_VOCABULARY
 
@@ -35,17 +38,18 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def infer_config(path: Path, *, mask_invalid_tokens: bool = True) -> T3Config:
-    """The sizes of a T3 checkpoint, strictly checked.
+    """The sizes of a T3 checkpoint, strictly checked, and for a quantised one what vLLM has to know of that.
 
     Raises:
         CheckpointError: a key is missing, unexpected or misshapen; names them.
     """
     found = read_shapes(path)
+    stored = Stored.of(path)
     layers = {int(m[1]) for key in found if (m := re.match(r"tfmr\.layers\.(\d+)\.", key))}
     try:
         config = T3Config(
             hidden_size=found["speech_emb.weight"][1],
-            intermediate_size=found["tfmr.layers.0.mlp.up_proj.weight"][0],
+            intermediate_size=found[f"tfmr.layers.0.mlp.up_proj.{stored.codes}"][0],
             num_hidden_layers=max(layers, default=-1) + 1,
             text_vocabulary=found["text_emb.weight"][0],
             text_positions=found["text_pos_emb.emb.weight"][0],
@@ -53,16 +57,17 @@ def infer_config(path: Path, *, mask_invalid_tokens: bool = True) -> T3Config:
             mask_invalid_tokens=mask_invalid_tokens,
             architectures=[ARCHITECTURE],
             dtype="float32",
+            **({} if stored.method == Method.NONE else {"quantization_config": vllm_quantization(stored)}),
         )
     except KeyError as error:
         raise CheckpointError(f"{path} has no tensor {error}: it is not a T3 checkpoint") from error
-    _check(path, found, expected_shapes(config))
+    _check(path, found, expected_shapes(config, stored))
     return config
 
 
-def expected_shapes(config: T3Config) -> Shapes:
-    """Every tensor of upstream's ``T3().state_dict()``."""
-    h, mlp, text = config.hidden_size, config.intermediate_size, config.text_vocabulary
+def expected_shapes(config: T3Config, stored: Stored) -> Shapes:
+    """Every tensor of upstream's ``T3().state_dict()``, its linear layers ``stored`` in their way."""
+    h, text = config.hidden_size, config.text_vocabulary
     shapes: Shapes = {
         "tfmr.embed_tokens.weight": (8, h),
         "tfmr.norm.weight": (h,),
@@ -82,10 +87,9 @@ def expected_shapes(config: T3Config) -> Shapes:
         shapes[f"cond_enc.perceiver.attn.{name}.bias"] = (h,)
     for layer in range(config.num_hidden_layers):
         prefix = f"tfmr.layers.{layer}"
-        shapes |= {f"{prefix}.self_attn.{p}_proj.weight": (h, h) for p in "qkvo"}
         shapes |= {f"{prefix}.{norm}_layernorm.weight": (h,) for norm in ("input", "post_attention")}
-        shapes |= {f"{prefix}.mlp.{p}_proj.weight": (mlp, h) for p in ("gate", "up")}
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (h, mlp)
+    for stem, size in linear_layers(config).items():
+        shapes |= stored.shapes(stem, *size)
     return shapes
 
 

@@ -8,6 +8,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -16,6 +17,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from chatterbox_vllm.errors import EngineDead, EngineError, InvalidRequest, TooLarge
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.config import T3Config
+from chatterbox_vllm.t3.footprint import T3Footprint
 from chatterbox_vllm.t3.positions import weight_steps
 from chatterbox_vllm.t3.processor import engine_input
 from chatterbox_vllm.t3.prompt import OVERHEAD, prompt_tokens, sampling_params
@@ -32,9 +34,11 @@ class T3Generator:
         llm: an engine of ``ChatterboxT3``.
         config: the sizes it was built with.
         conditioner: computes the voice prefixes.
+        method: by which the linear layers are quantised.
     """
 
-    def __init__(self, llm: AsyncLLM, config: T3Config, conditioner: VoiceConditioner) -> None:
+    def __init__(self, llm: AsyncLLM, config: T3Config, conditioner: VoiceConditioner, *, method: str) -> None:
+        self.method = method
         self._llm = llm
         self._config = config
         self._conditioner = conditioner
@@ -64,6 +68,27 @@ class T3Generator:
     async def leaked(self) -> bool:
         """Whether vLLM holds KV blocks though no request is under way; only meaningful while none is."""
         return not await self._llm.reset_prefix_cache()
+
+    async def call(self, method: str, *arguments: str) -> list[Any]:
+        """What a method of the worker extension answers, in each of the engine's processes.
+
+        Raises:
+            EngineDead: the engine has died.
+        """
+        try:
+            return await self._llm.collective_rpc(method, args=arguments)
+        except EngineDeadError as error:
+            raise EngineDead("the T3 engine has died; restart the server") from error
+
+    async def footprint(self) -> T3Footprint:
+        """What T3 takes at this moment, measured in the engine's processes.
+
+        Raises:
+            EngineDead: the engine has died.
+        """
+        ranks = await self.call("t3_footprint")
+        first, *others = (T3Footprint(**rank) for rank in ranks)
+        return sum(others, first)
 
     async def connect(self) -> None:
         """To be awaited before the first request, which else waits for ever for an engine that dies meanwhile."""

@@ -9,9 +9,9 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,15 +22,19 @@ from vllm import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
+from chatterbox_vllm.errors import ConfigurationError, EngineError
 from chatterbox_vllm.memory import memory
+from chatterbox_vllm.quantization.packing import Stored
+from chatterbox_vllm.quantization.policy import Method
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.config import T3Config
+from chatterbox_vllm.t3.conversion import converted
 from chatterbox_vllm.t3.folder import infer_config, model_folder
+from chatterbox_vllm.t3.footprint import EXTENSION
 from chatterbox_vllm.t3.generator import T3Generator
+from chatterbox_vllm.t3.methods import CONVERTED, effective_method, method_arguments
 from chatterbox_vllm.t3.prompt import OVERHEAD
 from chatterbox_vllm.types import MAX_MODEL_LEN
-from chatterbox_vllm.upstream import PIP
 
 # What the design rests on: RoPE depends on the prompt's length, prompts arrive processed, and there is no tokenizer.
 FIXED: Mapping[str, Any] = {
@@ -41,6 +45,9 @@ FIXED: Mapping[str, Any] = {
 }
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
+_NO_SHARE = 0.001
+_SLICE = 256
+"""Positions of prompts that ``frugal`` lets vLLM read at once."""
 _CPU_BLOCK = 128
 """Positions in a block of the KV cache, vLLM's default there."""
 _WITHOUT_TRITON = "torch._library.triton"
@@ -51,32 +58,51 @@ _LAUNCHING = Lock()
 """What ``launch`` changes while vLLM starts its processes belongs to this whole process."""
 
 
-def launch(weights: Path, *, cache: Path, mask_invalid_tokens: bool = True, **engine_args: Any) -> T3Generator:
+def launch(
+    weights: Path,
+    *,
+    cache: Path,
+    mask_invalid_tokens: bool = True,
+    method: str = Method.NONE,
+    extension: str = EXTENSION,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    **engine_args: Any,
+) -> T3Generator:
     """Loads T3 into a new vLLM engine; takes from seconds to minutes.
 
     Args:
-        weights: the checkpoint's T3 file.
-        cache: where the folder that vLLM loads is made.
+        weights: the checkpoint's T3 file. One that is quantised is served as it is.
+        cache: where the folder that vLLM loads is made, and conversions are kept.
         mask_invalid_tokens: False samples exactly upstream's distribution, ids that are no sound included.
-        engine_args: any ``vllm.AsyncEngineArgs``.
+        method: how the linear layers are quantised (``methods``), or a name of vLLM's own for its ``quantization``.
+        extension: vLLM's ``worker_extension_cls``, a subclass of ``footprint.Footprint``.
+        environment: variables of the engine's processes, unless they are set already.
+        engine_args: any other ``vllm.AsyncEngineArgs``.
 
     Raises:
         CheckpointError: the file is not a T3 checkpoint.
-        ConfigurationError: an engine argument is unknown, fixed by the design, or out of range.
-        MissingDependency: ``quantization="bitsandbytes"`` without vLLM's plugin for it.
+        ConfigurationError: an engine argument is unknown, fixed by the design, or out of range; or the method does
+            not suit the machine, the checkpoint or another argument.
+        MissingDependency: the method is bitsandbytes' and vLLM's plugin for it is absent.
         EngineError: vLLM's processes did not come up; they log why.
     """
     config = infer_config(weights, mask_invalid_tokens=mask_invalid_tokens)
-    folder = model_folder(weights, config, cache)
-    arguments = engine_arguments(config, engine_args)
+    stored = Stored.of(weights)
+    method = effective_method(stored, method)
+    arguments = engine_arguments(config, engine_args, method) | {"worker_extension_cls": extension}
+    loaded = weights
+    if method in CONVERTED and stored.method == Method.NONE:
+        loaded = converted(weights, method, config, cache)
+        config = infer_config(loaded, mask_invalid_tokens=mask_invalid_tokens)
+    folder = model_folder(loaded, config, cache)
     _quieten()
-    with _LAUNCHING, _environment(_worker_environment()), _main_module_hidden(), _interrupts_blocked():
+    with _LAUNCHING, _environment(_worker_environment(environment)), _main_module_hidden(), _interrupts_blocked():
         llm = _started(folder, arguments)
     conditioner = VoiceConditioner(_conditioning_tensors(weights), dtype=llm.vllm_config.model_config.dtype)
-    return T3Generator(llm, config, conditioner)
+    return T3Generator(llm, config, conditioner, method=method)
 
 
-def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, Any]:
+def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = Method.NONE) -> dict[str, Any]:
     """vLLM's arguments: what T3 needs, defaults for this machine, and the caller's choices.
 
     Raises:
@@ -84,8 +110,10 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, An
     """
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for name in given:
-        if name in FIXED or name == "model":
+        if name in FIXED or name in {"model", "worker_extension_cls"}:
             raise ConfigurationError(f"{name} is fixed by the way T3 runs in vLLM; leave it out", param=name)
+        if name == "quantization" and given[name] is not None:
+            raise ConfigurationError("T3's quantization is launch's method, not an engine argument", param=name)
         if name not in known:
             raise ConfigurationError(f"{name} is neither ours nor an argument of vllm.AsyncEngineArgs", param=name)
     length = given.get("max_model_len", 2048)
@@ -94,8 +122,7 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, An
             f"max_model_len must be an integer from {OVERHEAD + 16} to {MAX_MODEL_LEN}, not {length!r}",
             param="max_model_len",
         )
-    if given.get("quantization") == "bitsandbytes":
-        _check_bitsandbytes()
+    of_method = method_arguments(method, config, given)
     defaults = {"dtype": default_dtype(), "max_model_len": length, "disable_log_stats": True}
     defaults |= {"use_tqdm_on_load": False, **FIXED}
     if current_platform.is_cpu():
@@ -107,17 +134,31 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any]) -> dict[str, An
             size = given.get("block_size")
             block = size if isinstance(size, int) and size > 0 else _CPU_BLOCK
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
-    return {**defaults, **given}
+    elif given.get("kv_cache_memory_bytes") is not None:
+        # The cache's size is settled; a share of the card would only be compared with what is free at the start.
+        of_method["gpu_memory_utilization"] = _NO_SHARE
+    return {**defaults, **given, **of_method}
 
 
-def _check_bitsandbytes() -> None:
-    if current_platform.is_cpu():
-        raise ConfigurationError(
-            "quantization='bitsandbytes' needs an NVIDIA GPU; leave it out on a CPU", param="quantization"
-        )
-    if find_spec("vllm_bnb_plugin") is None:
-        command = f"{PIP} install 'vllm-bnb-plugin>=0.0.3,<0.1' 'bitsandbytes>=0.50.2,<0.51'"
-        raise MissingDependency("vllm-bnb-plugin", purpose="for quantization='bitsandbytes'", command=command)
+def frugal(max_batch_size: int, max_model_len: int) -> dict[str, Any]:
+    """Engine arguments for the least memory at which decoding still runs as CUDA graphs.
+
+    What T3 takes of a card beside weights and KV cache: the activations of the largest batch that vLLM may be handed,
+    for which it profiles, and the pool of its graphs. So prompts are read in slices, and only decoding is captured,
+    for batches of 1, 2, 4 ... requests.
+
+    Args:
+        max_batch_size: requests at once.
+        max_model_len: positions of one request.
+    """
+    sizes = [1 << power for power in range(max_batch_size.bit_length()) if 1 << power < max_batch_size]
+    return {
+        "max_num_seqs": max_batch_size,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max(_SLICE, max_batch_size),
+        "cudagraph_capture_sizes": [*sizes, max_batch_size],
+        "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"},
+    }
 
 
 def _started(folder: Path, arguments: Mapping[str, Any]) -> AsyncLLM:
@@ -179,8 +220,9 @@ def _log_level() -> str:
     return os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def _worker_environment() -> dict[str, str]:
+def _worker_environment(more: Mapping[str, str]) -> dict[str, str]:
     wanted = {
+        **more,
         # A forked engine hangs when this process has already run threaded torch work.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",

@@ -117,5 +117,5 @@ def _used(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator
             continue
         for old, new in RENAMED_WEIGHTS.items():
             name = name.replace(old, new) if name.startswith(old) else name
-        keeps = name.endswith("norm.weight") or not tensor.is_floating_point()
+        keeps = name.endswith(("norm.weight", ".weight_scale")) or not tensor.is_floating_point()
         yield name, tensor if keeps else tensor.to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chatterbox_vllm.vocoder import noise
 from chatterbox_vllm.vocoder.batching import padded, row_mask
+from chatterbox_vllm.vocoder.footprint import VocoderFootprint, footprint, savings
 from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.transfer import to_device
 from chatterbox_vllm.vocoder.weights import Networks
@@ -18,6 +19,11 @@ from chatterbox_vllm.vocoder.weights import Networks
 
 class Backend(Protocol):
     """The networks, for batches of rows of different lengths. Results lie on the device."""
+
+    @property
+    def footprint(self) -> VocoderFootprint:
+        """What the weights take."""
+        ...
 
     def mu(self, tokens: Sequence[Tensor]) -> Tensor:
         """The flow's encoder: B times (n,) int64 on the CPU to (B, at least 2 n, 80) float32, padded."""
@@ -37,8 +43,8 @@ class Backend(Protocol):
         """``Hift.forward``, a row at a time, which may be longer than it has frames; until the next call."""
         ...
 
-    def warm_up(self, frames: int) -> None:
-        """Has done beforehand, for batches of up to ``frames`` frames, what the first requests would wait for."""
+    def warm_up(self, frames: int, hift_frames: int) -> None:
+        """Has done beforehand what the first requests would wait for, for batches of up to so many frames."""
         ...
 
 
@@ -52,6 +58,10 @@ class TorchBackend:
 
     def __init__(self, networks: Networks) -> None:
         self._flow, self._hift = networks.flow, networks.mel2wav
+        flow = networks.flow
+        parts = {"flow_encoder": flow.encoder, "estimator": flow.estimator, "hift": self._hift, "other": flow}
+        dtypes = {"flow_encoder": torch.float32, "estimator": flow.estimator.dtype}
+        self.footprint = footprint(parts, savings(networks, dtypes))
         self._device = networks.flow.encoder_proj.weight.device
 
     def mu(self, tokens: Sequence[Tensor]) -> Tensor:
@@ -72,7 +82,7 @@ class TorchBackend:
         with self._exactly():
             return self._hift(stretch)
 
-    def warm_up(self, frames: int) -> None:
+    def warm_up(self, frames: int, hift_frames: int) -> None:
         """Nothing is compiled here."""
 
     def _mask(self, lengths: Sequence[int]) -> Tensor | None:

@@ -49,12 +49,17 @@ class Estimator(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.final_proj.weight.dtype
 
+    @property
+    def stages(self) -> list[nn.ModuleList]:
+        """Each a resnet, its transformer blocks and, at the two ends, a convolution; in the order of computing."""
+        return [*self.down_blocks, *self.mid_blocks, *self.up_blocks]
+
     def shifts(self, moments: Tensor) -> Tensor:
         """What the time of the diffusion adds in every resnet: moments (S,) in [0, 1] to (S, resnets, width).
 
         Depends on nothing else, so it is the same for every batch.
         """
-        resnets = [stage[0] for stages in (self.down_blocks, self.mid_blocks, self.up_blocks) for stage in stages]
+        resnets = [stage[0] for stage in self.stages]
         rows = []
         for moment in moments:
             # Two rows, like upstream's smallest batch: a single one's product may round differently.

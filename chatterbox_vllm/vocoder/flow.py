@@ -21,6 +21,8 @@ from chatterbox_vllm.vocoder.estimator import Estimator, EstimatorSizes
 
 GUIDANCE: Final = 0.7
 """Upstream's ``inference_cfg_rate``."""
+LONGEST: Final = 2560
+"""Frames of the longest utterance: 10 s of recording and 40 s of speech, rounded up."""
 
 
 @dataclass(frozen=True)

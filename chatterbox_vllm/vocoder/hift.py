@@ -37,6 +37,9 @@ BINS: Final = FFT // 2 + 1
 SPECTRA: Final = FRAME_SAMPLES // HOP
 """Spectra per frame."""
 LOUDEST: Final = 0.99
+GAP: Final = 4
+"""Frames between utterances that lie one after the other: what the widest convolution sees on either side, 25 rows at 8
+a frame."""
 
 Clear = Callable[[Tensor], Tensor]
 

@@ -93,7 +93,7 @@ class ThreadHost:
     def _run(self) -> None:
         try:
             vocoder = self._blueprint.build(self._blueprint.read())
-            self._tell(Ready())
+            self._tell(Ready(vocoder.footprint()))
             self._service.run(vocoder)
         except Exception as error:  # noqa: BLE001  # told to whoever waits
             self._tell(Ended(error, final=True))

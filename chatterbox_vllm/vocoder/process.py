@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from logging.handlers import QueueHandler
 from pathlib import Path
@@ -38,24 +39,43 @@ def main(end: int) -> None:
     load: Load = channel.receive()
     # Where NVIDIA's MPS shares the GPU, T3's kernels go first: they are small, and everybody waits for them.
     os.environ["CUDA_MPS_CLIENT_PRIORITY"] = "1"
+    if load.blueprint.max_frames is not None:
+        # Memory is short: cuBLAS' workspace of each stream is 8 MiB, as on other cards, in place of a Hopper's 32.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     if load.blueprint.device != "cpu":
         # All that is computed on the CPU is copies. Many threads take longer to meet than one takes for a copy: on an
         # H200's host 130 ms of a batch's 300.
         torch.set_num_threads(1)
     _take_name(f"vocoder {load.blueprint.device}")
-    _log_through(channel, load.log_level)
+    log_through(channel, load.log_level)
+    # In the middle of a batch, too: nobody waits for it.
+    if not served(load, channel, ended=lambda: os._exit(0)):
+        _leave(channel)
+
+
+def served(load: Load, channel: Channel, *, ended: Callable[[], object] | None = None) -> bool:
+    """Loads a vocoder and takes orders until the other end of ``channel`` is gone, or the device.
+
+    Args:
+        ended: is called when nobody gives orders any more; by default the batch under way is finished.
+
+    Returns:
+        Whether the vocoder was there to the end; if not, why was told.
+    """
     service, may_build = Service(channel.send, load.limits), threading.Event()
-    threading.Thread(target=_listen, args=(channel, service, may_build), daemon=True).start()
+    listening = (channel, service, may_build, ended or service.close)
+    threading.Thread(target=_listen, args=listening, name="vocoder-in", daemon=True).start()
     try:
         vocoder = _loaded(load, channel, may_build)
     except Exception as error:  # noqa: BLE001  # told to whoever waits
         channel.send(Refused(_portable(error)))
-        _leave(channel)
-    channel.send(Ready())
+        return False
+    channel.send(Ready(vocoder.footprint()))
     try:
         service.run(vocoder)
     except DEVICE_LOST:
-        _leave(channel)
+        return False
+    return True
 
 
 def _loaded(load: Load, channel: Channel, may_build: threading.Event) -> Vocoder:
@@ -65,7 +85,7 @@ def _loaded(load: Load, channel: Channel, may_build: threading.Event) -> Vocoder
     return load.blueprint.build(networks)
 
 
-def _listen(channel: Channel, service: Service, may_build: threading.Event) -> None:
+def _listen(channel: Channel, service: Service, may_build: threading.Event, ended: Callable[[], object]) -> None:
     """Takes orders, while a batch runs, too."""
     try:
         while True:
@@ -75,7 +95,8 @@ def _listen(channel: Channel, service: Service, may_build: threading.Event) -> N
             else:
                 service.put(message)
     except EOFError:
-        os._exit(0)  # in the middle of a batch, too: nobody waits for it
+        may_build.set()
+        ended()
 
 
 def _leave(channel: Channel) -> NoReturn:
@@ -107,6 +128,7 @@ class _Sender(QueueHandler):
         self._channel.send(Logged(record))
 
 
-def _log_through(channel: Channel, level: int) -> None:
-    logging.getLogger().addHandler(_Sender(channel))
+def log_through(channel: Channel, level: int, name: str = "") -> None:
+    """Has what the logger ``name``, by default every one, is told logged at the other end of ``channel``."""
+    logging.getLogger(name).addHandler(_Sender(channel))
     logging.getLogger("chatterbox_vllm").setLevel(level)

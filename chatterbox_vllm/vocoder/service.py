@@ -103,7 +103,8 @@ class Service:
         took = time.monotonic() - began
         logger.debug("spoke %d chunks in %.0f ms", len(batch), 1e3 * took)
         frames = sum(job.step.flow_frames for job in batch)
-        self._tell(Spoken(jobs, said, frames, took, tuple(began - job.came for job in batch)))
+        waits = tuple(began - job.came for job in batch)
+        self._tell(Spoken(jobs, said, frames, took, waits, vocoder.footprint()))
 
 
 def pick(jobs: Sequence[Speak], max_batch: int, max_frames: int) -> list[Speak]:

@@ -18,30 +18,42 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.quantization.matrices import QuantizedLinear
+from chatterbox_vllm.quantization.policy import VOCODER, Method
 from chatterbox_vllm.types import SAMPLE_RATE, SPOKEN_TOKENS, VoiceFeatures
 from chatterbox_vllm.vocoder import noise
 from chatterbox_vllm.vocoder.backend import Backend, TorchBackend
 from chatterbox_vllm.vocoder.batching import packed, padded
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
+from chatterbox_vllm.vocoder.flow import LONGEST
+from chatterbox_vllm.vocoder.footprint import VocoderFootprint, bytes_of, measured
 from chatterbox_vllm.vocoder.hift import Stretch
+from chatterbox_vllm.vocoder.int8 import Int8Linear
 from chatterbox_vllm.vocoder.noise import Stream
+from chatterbox_vllm.vocoder.pieces import in_pieces
 from chatterbox_vllm.vocoder.prompts import MELS, X_VECTOR, Prompts
 from chatterbox_vllm.vocoder.source import FRAME_SAMPLES
 from chatterbox_vllm.vocoder.transfer import to_device, to_host
 from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, open_utterance, plan
-from chatterbox_vllm.vocoder.weights import Networks, load
+from chatterbox_vllm.vocoder.weights import Networks, load, quantize
 
 MAX_FRAMES: Final = 8_192
 """The most mel frames in one batch on a GPU; about 4 GB of activations at the real sizes. An H200 speaks no faster with
 more at once, and who comes next would wait longer."""
 FEWEST_FRAMES: Final = 2_048
 """What a GPU without memory to spare is asked for all the same; a batch that does not fit is split."""
+FEWEST_IN_PIECES: Final = 256
+"""Frames that HiFT takes at once where ``max_frames`` is set low."""
 FRAME_BYTES: Final = 2**19
 """Of activations for one mel frame, at the real sizes."""
 Arrive = Callable[[], list[Said]]
 """Waits for the device, and gives what a batch says."""
 _WARM_TOKENS: Final = 250
 """Of a recording, as long as one gets."""
+_ON_CPU: Final = (Method.NONE, Method.INT8)
+_ON_GPU: Final = (Method.NONE, Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8)
+_TRITON: Final = (8, 0)
 _log: Final = logging.getLogger(__name__)
 
 
@@ -49,14 +61,15 @@ class Vocoder:
     """S3Gen without its enrolment parts. It keeps nothing of an utterance. It belongs to one thread at a time.
 
     Args:
-        networks: see ``weights.load``; they move to ``device``.
+        networks: see ``weights.load``, quantised or not; they move to ``device``.
         device: where they run. It must know float64, in which phases are summed.
         dtype: of the flow's products. float32 gives what upstream gives. Half precision is for CUDA cards, where it
             brings the fast networks of ``cuda``; elsewhere it is the estimator's alone.
         max_frames: the most mel frames, recordings and padding included, that run at once; bounds the memory. A single
-            utterance always runs. None is what half of a GPU's free memory holds, ``MAX_FRAMES`` at most; but on a CPU,
-            where a batch is hardly faster, each utterance alone: matrix kernels round differently for different shapes,
-            and so every sound has upstream's very bits.
+            utterance always runs. A number given here also bounds HiFT, which then takes a quarter of as many frames at
+            once. None is what half of a GPU's free memory holds, ``MAX_FRAMES`` at most; but on a CPU, where a batch is
+            hardly faster, each utterance alone: matrix kernels round differently for different shapes, and so every
+            sound has upstream's very bits.
     """
 
     sample_rate: Final = SAMPLE_RATE
@@ -70,12 +83,13 @@ class Vocoder:
         max_frames: int | None = None,
     ) -> None:
         self.device = torch.device(device)
-        self.networks = networks.to(self.device)
+        self.networks = networks
         self._waves = networks.mel2wav.m_source.waves
         self._fade = fade_in().to(self.device)
+        self.max_frames = max_frames or frames_at_once(self.device, weights=bytes_of({"all": networks})["all"])
+        self._hift_frames = None if max_frames is None else max(FEWEST_IN_PIECES, max_frames // 4)
+        self.backend = _backend(networks, self.device, dtype, max_frames or max(self.max_frames, LONGEST))
         self._prompts = Prompts(networks.flow, self.device)
-        self.max_frames = max_frames or frames_at_once(self.device)  # now that the weights have their memory
-        self.backend = _backend(networks, dtype, self.max_frames)
 
     @classmethod
     def from_checkpoint(
@@ -93,9 +107,13 @@ class Vocoder:
         """
         return cls(load(path), device=device, dtype=dtype, max_frames=max_frames)
 
+    def footprint(self) -> VocoderFootprint:
+        """The memory that it takes now."""
+        return measured(self.backend.footprint, self.device)
+
     def warm_up(self) -> None:
         """Has kernels compiled, graphs captured and libraries loaded, so that no request waits for it."""
-        self.backend.warm_up(self.max_frames)
+        self.backend.warm_up(self.max_frames, self._hift_frames or self.max_frames)
         generator = torch.Generator().manual_seed(0)
         voice = VoiceFeatures(
             speaker_embedding=torch.empty(0),
@@ -184,7 +202,7 @@ class Vocoder:
 
     def _launch(self, batch: list[Step]) -> Arrive:
         mels = self._continued(batch, self._flow(batch))
-        samples, cycles = self.backend.hift(self._stretch(batch, mels))
+        samples, cycles = self._sounds(self._stretch(batch, mels))
         return _fetching(
             torch.stack([self._carried(step, row) for step, row in zip(batch, cycles, strict=True)]),
             [self._committed(step, mel) for step, mel in zip(batch, mels, strict=True)],
@@ -234,6 +252,11 @@ class Vocoder:
             first=self._integers(firsts),
         )
 
+    def _sounds(self, stretch: Stretch) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if self._hift_frames is None:
+            return self.backend.hift(stretch)
+        return in_pieces(self.backend.hift, stretch, self._hift_frames)
+
     def _carried(self, step: Step, cycles: Tensor) -> Tensor:
         """(waves,): of a row of HiFT's cycles, those from which the utterance's next step goes on."""
         return cycles[:, step.cycles_frame - step.utterance.left]
@@ -265,41 +288,75 @@ class Blueprint:
         path: s3gen.safetensors or s3gen.pt.
         device: see ``Vocoder``.
         dtype: see ``Vocoder``; None is the device's best (``best_dtype``).
+        flow_encoder, estimator: how linear layers of their blocks are quantised, ``none``, ``bnb-4bit``, ``bnb-8bit``
+            or ``int8``. On a GPU the last two are the same; on a CPU only ``int8`` is possible, and computes with 8-bit
+            activations, too.
+        max_frames: see ``Vocoder``.
+
+    Raises:
+        ConfigurationError: the device cannot have the method.
     """
 
     path: Path
     device: str = "cpu"
     dtype: torch.dtype | None = None
+    flow_encoder: str = Method.NONE
+    estimator: str = Method.NONE
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in VOCODER:
+            method, is_cpu = getattr(self, name), torch.device(self.device).type == "cpu"
+            if method not in (_ON_CPU if is_cpu else _ON_GPU):
+                raise ConfigurationError(
+                    f"{name} cannot be {method} on {self.device}; use one of "
+                    f"{', '.join(_ON_CPU if is_cpu else _ON_GPU)}",
+                    param=name,
+                )
 
     def read(self) -> Networks:
-        """The networks, in this process's memory.
+        """The networks, quantised, in this process's memory.
 
         Raises:
             CheckpointError: a key is missing, unknown or misshapen.
+            MissingDependency: ``bnb-4bit`` without bitsandbytes.
         """
-        return load(self.path)
+        networks = load(self.path)
+        layer = Int8Linear if torch.device(self.device).type == "cpu" else QuantizedLinear
+        quantize(networks, {name: getattr(self, name) for name in VOCODER}, layer)
+        return networks
 
     def build(self, networks: Networks) -> Vocoder:
         """The vocoder on its device, which becomes this thread's; ready to speak at full speed."""
         device = torch.device(self.device)
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)
-        vocoder = Vocoder(networks, device=device, dtype=self.dtype or best_dtype(device))
+        vocoder = Vocoder(networks, device=device, dtype=self.dtype or best_dtype(device), max_frames=self.max_frames)
         if device.type == "cuda":
             vocoder.warm_up()
+            torch.cuda.empty_cache()  # what only loading and warming up needed is left to others
         return vocoder
 
 
-def _backend(networks: Networks, dtype: torch.dtype, frames: int) -> Backend:
-    device = networks.flow.encoder_proj.weight.device
-    if device.type == "cuda" and dtype != torch.float32:
+def _backend(networks: Networks, device: torch.device, dtype: torch.dtype, frames: int) -> Backend:
+    if device.type == "cuda" and dtype != torch.float32 and _suits_triton(device):
         from chatterbox_vllm.vocoder.cuda.backend import CudaBackend  # Triton is not installed without CUDA
 
         if CudaBackend.fits(networks):
-            return CudaBackend(networks, dtype=dtype, frames=frames)
+            return CudaBackend(networks, device=device, dtype=dtype, frames=frames)
         _log.warning("the networks' sizes do not suit the fast kernels; using the plain ones")
+    networks.to(device)
     networks.flow.decoder.to(dtype)
     return TorchBackend(networks)
+
+
+def _suits_triton(device: torch.device) -> bool:
+    """Whether Triton compiles for the card's tensor cores: for older ones it gives up on them, and on registers."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _TRITON:
+        return True
+    _log.warning("the fast kernels need compute capability 8.0, %s has %d.%d: using plain ones", device, *capability)
+    return False
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -329,14 +386,14 @@ def _owned(said: Said) -> Said:
     return Said(said.samples.clone(), said.mel.clone(), said.cycles.clone())
 
 
-def frames_at_once(device: torch.device) -> int:
-    """The default of ``max_frames``: see ``Vocoder``."""
+def frames_at_once(device: torch.device, *, weights: int) -> int:
+    """The default of ``max_frames``, for networks of so many bytes: see ``Vocoder``."""
     if device.type == "cpu":
         return 1
     if device.type != "cuda":
         return MAX_FRAMES
     free, _ = torch.cuda.mem_get_info(device)
-    return max(FEWEST_FRAMES, min(MAX_FRAMES, free // 2 // FRAME_BYTES))
+    return max(FEWEST_FRAMES, min(MAX_FRAMES, (free - weights) // 2 // FRAME_BYTES))
 
 
 def fade_in() -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from chatterbox_vllm.checkpoint import load_strict, load_tensors
 from chatterbox_vllm.errors import CheckpointError
+from chatterbox_vllm.quantization.matrices import QuantizedLinear, quantize_linears
 from chatterbox_vllm.vocoder.encoder import EncoderSizes
 from chatterbox_vllm.vocoder.estimator import HEAD_DIM, EstimatorSizes
 from chatterbox_vllm.vocoder.flow import Flow, FlowSizes
@@ -53,6 +54,31 @@ def build(tensors: Mapping[str, Tensor], file: Path) -> Networks:
         networks = Networks(_flow_sizes(shapes), _hift_sizes(shapes))
     load_strict(networks, folded, file=file)
     return networks.eval().requires_grad_(False)
+
+
+def quantizable(networks: Networks) -> dict[str, list[nn.Module]]:
+    """Component to the parts whose linear layers can be quantised: conformer and transformer blocks."""
+    flow = networks.flow
+    return {
+        "flow_encoder": [flow.encoder.encoders, flow.encoder.up_encoders],
+        "estimator": [stage[1] for stage in flow.estimator.stages],
+    }
+
+
+def quantize(networks: Networks, methods: Mapping[str, str], layer: type[QuantizedLinear] = QuantizedLinear) -> None:
+    """Quantises components in place.
+
+    Args:
+        networks: float32 on the CPU.
+        methods: component to ``none``, ``bnb-4bit``, ``bnb-8bit`` or ``int8``.
+        layer: what takes a linear layer's place.
+
+    Raises:
+        ConfigurationError, MissingDependency: see ``quantization.matrices.quantized``.
+    """
+    for name, parts in quantizable(networks).items():
+        for part in parts:
+            quantize_linears(part, methods[name], layer)
 
 
 def fold_weight_norm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from chatterbox_vllm.types import VoiceFeatures
+from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.stage import Blueprint
 from chatterbox_vllm.vocoder.utterance import Said, Step, Utterance
 
@@ -101,7 +102,9 @@ class Read:
 
 @dataclass(frozen=True)
 class Ready:
-    """It speaks."""
+    """It speaks, and takes so much memory."""
+
+    footprint: VocoderFootprint
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class Spoken:
         frames: those that the flow worked on.
         busy_seconds: that the batch took.
         waits: seconds that each job had waited when the batch began.
+        footprint: of the vocoder, after it.
     """
 
     jobs: tuple[int, ...]
@@ -135,6 +139,7 @@ class Spoken:
     frames: int
     busy_seconds: float
     waits: tuple[float, ...]
+    footprint: VocoderFootprint
 
 
 @dataclass(frozen=True)

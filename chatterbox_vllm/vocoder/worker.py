@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from chatterbox_vllm.errors import EngineDead, EngineError
+from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.host import GRACE, Host
 from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, plan
 from chatterbox_vllm.vocoder.wire import Begun, Drop, Ended, Failed, News, Read, Ready, Speak, Spoken
@@ -80,6 +81,7 @@ class _Worker:
     jobs: dict[int, _Job] = field(default_factory=dict)
     up: bool = False
     dead: bool = False
+    footprint: VocoderFootprint | None = None
 
     @property
     def frames(self) -> int:
@@ -118,6 +120,11 @@ class VocoderPool:
     @property
     def stats(self) -> VocoderStats:
         return replace(self._stats, waiting=self.waiting)
+
+    @property
+    def footprints(self) -> list[VocoderFootprint]:
+        """Of each worker that has ever been ready, after its latest batch."""
+        return [worker.footprint for worker in self._workers if worker.footprint is not None]
 
     @property
     def trouble(self) -> str | None:
@@ -242,7 +249,8 @@ class VocoderPool:
         match news:
             case Read():
                 _settle(worker.read)
-            case Ready():
+            case Ready(footprint):
+                worker.footprint = footprint
                 _settle(worker.ready)
                 self._up(worker)
             case Ended(error, final):
@@ -271,6 +279,7 @@ class VocoderPool:
             busy_seconds=news.busy_seconds,
             queue_wait_seconds=sum(news.waits),
         )
+        worker.footprint = news.footprint
         for number, said in zip(news.jobs, news.said, strict=True):
             job = worker.jobs.pop(number, None)
             if job is not None and not job.answer.done():

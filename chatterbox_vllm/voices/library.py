@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final
 from chatterbox_vllm.audio.decode import MAX_BYTES, decode, read_bounded
 from chatterbox_vllm.checkpoint import cache_dir
 from chatterbox_vllm.errors import ConfigurationError, InvalidAudio, TooLarge, UnknownVoice
+from chatterbox_vllm.quantization.policy import Method
 from chatterbox_vllm.voices.enrolment import Enroller, warm_up
 from chatterbox_vllm.voices.features import SUFFIX, load_conds, load_features, save_features
 
@@ -48,6 +49,7 @@ class VoiceLibrary:
         folder: holds voices, each a recording or a file of ``save_features``, named by its id (``[a-z0-9_-]{1,64}``)
             and a suffix. Files may come, go and change at any time.
         device: where the enrolment's networks run.
+        voice_encoder: see ``Enroller``.
         cache: folder for the features of recordings; None is ``cache_dir()/voices``.
 
     Raises:
@@ -60,10 +62,11 @@ class VoiceLibrary:
         *,
         folder: str | Path | None = None,
         device: str = "cpu",
+        voice_encoder: str = Method.NONE,
         cache: Path | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._enroller = Enroller(checkpoint, device=device)
+        self._enroller = Enroller(checkpoint, device=device, voice_encoder=voice_encoder)
         self._recordings = _Recordings(self._enroller, cache or cache_dir() / "voices")
         self._folder = _Folder(Path(folder)) if folder is not None else None
         self._builtin: VoiceFeatures | None = None

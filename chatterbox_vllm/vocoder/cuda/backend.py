@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -9,12 +10,15 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from chatterbox_vllm.quantization.matrices import matrices_of
 from chatterbox_vllm.vocoder.cuda import hift_kernels
 from chatterbox_vllm.vocoder.cuda.captured import Captured
+from chatterbox_vllm.vocoder.cuda.dequantize import Scratch
 from chatterbox_vllm.vocoder.cuda.encoder import ALIGNMENT, HalfEncoder
 from chatterbox_vllm.vocoder.cuda.estimator import PackedEstimator
 from chatterbox_vllm.vocoder.cuda.graphs import GraphSolver
 from chatterbox_vllm.vocoder.cuda.hift import FusedHift
+from chatterbox_vllm.vocoder.footprint import footprint, savings
 from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.transfer import to_device
 from chatterbox_vllm.vocoder.weights import Networks
@@ -31,27 +35,38 @@ class CudaBackend:
     """``Backend`` for CUDA cards.
 
     Args:
-        networks: on the card. What is packed anew is let go.
+        networks: on the CPU. The flow's embedding and projections move to the card; what is packed anew is let go.
+        device: the card.
         dtype: bfloat16 or float16, for the flow.
         frames: the most mel frames that will be solved at once, for which memory is taken.
     """
 
-    def __init__(self, networks: Networks, *, dtype: torch.dtype, frames: int) -> None:
-        flow = networks.flow
-        self._device = flow.encoder_proj.weight.device
-        self._embedding, self._projection = flow.input_embedding, flow.encoder_proj
-        self._encoder = HalfEncoder(flow.encoder, dtype)
-        estimator = PackedEstimator(flow.estimator, dtype=dtype, device=self._device)
-        self._captured: dict[int, Captured[Tensor]] = {}
+    def __init__(self, networks: Networks, *, device: torch.device, dtype: torch.dtype, frames: int) -> None:
+        flow, self._device = networks.flow, device
+        saved = savings(networks, dict.fromkeys(("flow_encoder", "estimator"), dtype))
+        scratch, scratches = _scratch(networks, dtype, device)
+        self._encoder = HalfEncoder(flow.encoder, dtype, device, scratches["flow_encoder"])
+        estimator = PackedEstimator(flow.estimator, dtype=dtype, device=device, scratch=scratches["estimator"])
+        # Graphs run one after the other, and what one of them gives is used up before the next one runs.
         self._pool = torch.cuda.graph_pool_handle()
-        self._solver = GraphSolver(estimator, frames=frames)
-        self._hift = FusedHift(networks.mel2wav)
+        self._hift = FusedHift(networks.mel2wav, device=device, pool=self._pool)
         _let_go(networks)
+        flow.to(device)
+        self._embedding, self._projection = flow.input_embedding, flow.encoder_proj
+        self._captured: dict[int, Captured[Tensor]] = {}
+        self._longest_captured = min(_LONGEST_CAPTURED, frames // 4)
+        self._solver = GraphSolver(estimator, frames=frames)
+        parts = {"flow_encoder": self._encoder.weights, "estimator": estimator.weights, "hift": self._hift.weights}
+        self.footprint = footprint({"scratch": scratch.memory, **parts, "other": flow}, saved)
 
     @staticmethod
     def fits(networks: Networks) -> bool:
         """Whether the kernels can compute networks of these sizes."""
-        return PackedEstimator.fits(networks.flow.estimator) and FusedHift.fits(networks.mel2wav)
+        return (
+            PackedEstimator.fits(networks.flow.estimator)
+            and FusedHift.fits(networks.mel2wav)
+            and Scratch.fits(list(matrices_of(networks.flow)))
+        )
 
     def mu(self, tokens: Sequence[Tensor]) -> Tensor:
         """See ``Backend.mu``."""
@@ -62,7 +77,7 @@ class CudaBackend:
             row[: len(own)] = own
         mask = torch.arange(longest) < lengths[:, None]
         inputs = to_device(ids, self._device), to_device(mask, self._device)
-        if len(tokens) > 1 or longest > _LONGEST_CAPTURED:
+        if len(tokens) > 1 or longest > self._longest_captured:
             return self._encoded(*inputs)
         if longest not in self._captured:
             self._captured[longest] = Captured(self._encoded, inputs, self._pool)
@@ -97,12 +112,27 @@ class CudaBackend:
         """See ``Backend.hift``."""
         return self._hift(stretch)
 
-    def warm_up(self, frames: int) -> None:
+    def warm_up(self, frames: int, hift_frames: int) -> None:
         """Compiles kernels and captures graphs."""
         self._solver.warm_up(frames, steps=10)
-        for longest in range(_CAPTURED, _LONGEST_CAPTURED + 1, _CAPTURED):
+        self._hift.warm_up(hift_frames)  # before what needs less, which then finds the graphs' memory there
+        for longest in reversed(range(_CAPTURED, self._longest_captured + 1, _CAPTURED)):
             self.mu([torch.zeros(longest, dtype=torch.int64)])
-        self._hift.warm_up(frames)
+
+
+def _scratch(networks: Networks, dtype: torch.dtype, device: torch.device) -> tuple[Scratch, dict[str, Scratch | None]]:
+    """Memory for one conformer block's or one stage's matrices, and which components are quantised and need it."""
+    flow = networks.flow
+    groups = {
+        "flow_encoder": [*flow.encoder.encoders, *flow.encoder.up_encoders],
+        "estimator": [stage[1] for stage in flow.estimator.stages],
+    }
+    elements = {
+        name: max(sum(math.prod(matrix.shape) for matrix in matrices_of(part)) for part in parts)
+        for name, parts in groups.items()
+    }
+    scratch = Scratch(max(elements.values()), dtype=dtype, device=device)
+    return scratch, {name: scratch if count else None for name, count in elements.items()}
 
 
 def _let_go(networks: Networks) -> None:
@@ -112,6 +142,7 @@ def _let_go(networks: Networks) -> None:
     flow.encoder.encoders, flow.encoder.up_encoders = nn.ModuleList(), nn.ModuleList()
     hift.ups, hift.source_downs = nn.ModuleList(), nn.ModuleList()
     hift.source_resblocks, hift.resblocks = nn.ModuleList(), nn.ModuleList()
+    hift.conv_pre, hift.conv_post = nn.Identity(), nn.Identity()
 
 
 def _rounded(count: int, multiple: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ from chatterbox_vllm.vocoder.encoder import (
     Encoder,
     relative_positions,
 )
+from chatterbox_vllm.vocoder.flow import LONGEST
+
+if TYPE_CHECKING:
+    from chatterbox_vllm.vocoder.cuda.dequantize import Group, Scratch  # Triton's; the rest of this needs none
 
 _ATTENTION: Final = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Not cuDNN's, which compiles for each new shape."""
@@ -33,7 +37,7 @@ ALIGNMENT: Final = 16
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Matrices in half precision, norms as they are."""
+    """Matrices in half precision, norms as they are; ``quantized`` are its matrices if they have to be decoded."""
 
     qkv: Tensor
     qkv_bias: Tensor
@@ -48,21 +52,34 @@ class _Block:
     down_bias: Tensor
     attention_norm: nn.LayerNorm
     feed_forward_norm: nn.LayerNorm
+    quantized: Group | None
 
 
 class HalfEncoder:
     """``Encoder`` for CUDA cards.
 
     Args:
-        encoder: on the card; the weights of its blocks are copied in ``dtype``, the rest of it is used.
+        encoder: the weights of its blocks are copied, in ``dtype`` or as they are quantised, and their norms move to
+            the card; the rest of it is used, and has to be there.
+        dtype: bfloat16 or float16.
+        device: the card.
+        scratch: for the matrices of a block, if they are quantised.
     """
 
-    def __init__(self, encoder: Encoder, dtype: torch.dtype) -> None:
+    def __init__(
+        self, encoder: Encoder, dtype: torch.dtype, device: torch.device, scratch: Scratch | None = None
+    ) -> None:
         self._encoder = encoder
         self._dtype = dtype
-        self._blocks = [_block(block, dtype) for block in encoder.encoders]
-        self._up_blocks = [_block(block, dtype) for block in encoder.up_encoders]
-        self._distances: dict[int, Tensor] = {}
+        self._blocks = [_block(block, dtype, device, scratch) for block in encoder.encoders]
+        self._up_blocks = [_block(block, dtype, device, scratch) for block in encoder.up_encoders]
+        self._heads = encoder.encoders[0].self_attn.heads
+        self._distances = self._table(LONGEST, len(encoder.after_norm.weight), device)
+
+    @property
+    def weights(self) -> list[Any]:
+        """Where its weights on the card are."""
+        return [self._encoder, self._blocks, self._up_blocks]
 
     def __call__(self, x: Tensor, mask: Tensor) -> Tensor:
         """As ``Encoder.forward``, for a number of tokens that is a multiple of ``ALIGNMENT``."""
@@ -79,15 +96,26 @@ class HalfEncoder:
 
     def _run(self, blocks: list[_Block], x: Tensor, mask: Tensor) -> Tensor:
         length = x.shape[1]
-        if length not in self._distances:
-            self._distances[length] = _distances(length, x.shape[2], x.device).to(self._dtype)
+        table = self._distances if length <= LONGEST else self._table(length, x.shape[2], x.device)
+        beyond = (len(table) - 1) // 2 - length
+        distances = table[beyond : len(table) - beyond]
         hidden = ~mask[:, None, None, :]
         for block in blocks:
-            x = self._attended(block, x, self._distances[length], hidden)
+            if block.quantized is not None:
+                block.quantized.decode(overlap=False)
+            x = self._attended(block, x, distances, hidden)
             h = block.feed_forward_norm(x).to(self._dtype)
             h = F.silu(F.linear(h, block.up, block.up_bias))
             x = x + F.linear(h, block.down, block.down_bias)
         return x
+
+    def _table(self, length: int, width: int, device: torch.device) -> Tensor:
+        """(2 length + 1, width): ``relative_positions`` for queries scaled as scores are, with a row more at each end.
+
+        So the distance 0 is in a row, and the table's width in a number of columns, that torch's kernel takes.
+        """
+        table = F.pad(relative_positions(length, width, device), (0, 0, 1, 1))
+        return (table / math.sqrt(width // self._heads)).to(self._dtype)
 
     def _attended(self, block: _Block, x: Tensor, distances: Tensor, hidden: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -100,7 +128,7 @@ class HalfEncoder:
         scores = torch.bmm(asking, place)
         columns = scores.shape[2]
         strides = (length * columns, batch * length * columns, columns - 1, 1)
-        windows = scores.as_strided((batch, heads, length, length), strides, _zero_column(length))
+        windows = scores.as_strided((batch, heads, length, length), strides, length)
         windows.masked_fill_(hidden, -math.inf)
         with sdpa_kernel(_ATTENTION):
             heard = F.scaled_dot_product_attention(query + block.content_bias[:, None], key, value, attn_mask=windows)
@@ -113,36 +141,32 @@ def _convolved(conv: nn.Conv1d, x: Tensor) -> Tensor:
     return F.linear(taps.flatten(2), conv.weight.flatten(1), conv.bias)
 
 
-def _zero_column(length: int) -> int:
-    """Where the distance 0 is in the table: behind all keys to the left, aligned."""
-    return -(-(length - 1) // ALIGNMENT) * ALIGNMENT
-
-
-def _distances(length: int, width: int, device: torch.device) -> Tensor:
-    """(columns, width) float32: ``relative_positions`` for keys from the left end to the right, zeros around them."""
-    zero = _zero_column(length)
-    columns = -(-(zero + length) // ALIGNMENT) * ALIGNMENT + 1
-    table = torch.zeros(columns, width, device=device)
-    table[zero - length + 1 : zero + length] = relative_positions(length, width, device)
-    return table
-
-
-def _block(block: ConformerBlock, dtype: torch.dtype) -> _Block:
+def _block(block: ConformerBlock, dtype: torch.dtype, device: torch.device, scratch: Scratch | None) -> _Block:
     attention, feed_forward = block.self_attn, block.feed_forward
-    parts = (attention.linear_q, attention.linear_k, attention.linear_v)
-    scale = 1 / math.sqrt(attention.pos_bias_u.shape[1])
+    joined = [attention.linear_q, attention.linear_k, attention.linear_v]
+    places = [joined, [attention.linear_pos], [attention.linear_out], [feed_forward.w_1], [feed_forward.w_2]]
+    group = None if scratch is None else scratch.group([[layer.matrix for layer in place] for place in places])
+
+    def half(*parts: Tensor) -> Tensor:
+        return torch.cat(parts).to(device, dtype)
+
+    def plain() -> list[Tensor]:
+        return [half(*(layer.weight for layer in place)) for place in places]
+
+    qkv, place, out, up, down = plain() if group is None else group.matrices
     return _Block(
-        qkv=torch.cat([part.weight for part in parts]).to(dtype),
-        qkv_bias=torch.cat([part.bias for part in parts]).to(dtype),
-        content_bias=attention.pos_bias_u.to(dtype),
-        place_bias=attention.pos_bias_v.to(dtype),
-        place=(attention.linear_pos.weight * scale).to(dtype),
-        out=attention.linear_out.weight.to(dtype),
-        out_bias=attention.linear_out.bias.to(dtype),
-        up=feed_forward.w_1.weight.to(dtype),
-        up_bias=feed_forward.w_1.bias.to(dtype),
-        down=feed_forward.w_2.weight.to(dtype),
-        down_bias=feed_forward.w_2.bias.to(dtype),
-        attention_norm=block.norm_mha,
-        feed_forward_norm=block.norm_ff,
+        qkv=qkv,
+        qkv_bias=half(*(layer.bias for layer in joined)),
+        content_bias=half(attention.pos_bias_u),
+        place_bias=half(attention.pos_bias_v),
+        place=place,
+        out=out,
+        out_bias=half(attention.linear_out.bias),
+        up=up,
+        up_bias=half(feed_forward.w_1.bias),
+        down=down,
+        down_bias=half(feed_forward.w_2.bias),
+        attention_norm=block.norm_mha.to(device),
+        feed_forward_norm=block.norm_ff.to(device),
+        quantized=group,
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
 from torch import Tensor, nn
 
 from chatterbox_vllm.vocoder.cuda import kernels
+from chatterbox_vllm.vocoder.cuda.dequantize import Group, Scratch
 from chatterbox_vllm.vocoder.cuda.tiling import Tile, Tiling
 from chatterbox_vllm.vocoder.estimator import HEAD_DIM, CausalBlock, Estimator, TransformerBlock
 
@@ -103,10 +104,13 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _Stage:
+    """``quantized`` are the blocks' matrices, if they have to be decoded before the blocks are computed."""
+
     first: _Causal
     second: _Causal
     skip: _Product
     blocks: list[_Block]
+    quantized: Group | None
     last: _Product | None
 
 
@@ -114,18 +118,22 @@ class PackedEstimator:
     """``Estimator`` for packed rows.
 
     Args:
-        estimator: its weights are copied, in ``dtype``; it is not needed afterwards.
+        estimator: on the CPU. Its weights are copied, in ``dtype`` or as they are quantised; it is not needed
+            afterwards.
         dtype: bfloat16 or float16.
         device: a CUDA device.
+        scratch: for the matrices of a stage, if they are quantised.
     """
 
-    def __init__(self, estimator: Estimator, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    def __init__(
+        self, estimator: Estimator, *, dtype: torch.dtype, device: torch.device, scratch: Scratch | None = None
+    ) -> None:
+        self.dtype, self.device, self._scratch = dtype, device, scratch
         overlaps = torch.cuda.get_device_capability(device) >= _OVERLAPPING
         self._overlap: dict[str, bool] = {"OVERLAP": overlaps, **({"launch_pdl": True} if overlaps else {})}
-        stages = [*estimator.down_blocks, *estimator.mid_blocks, *estimator.up_blocks]
-        self._time = nn.ModuleList([estimator.time_mlp, *(stage[0].mlp for stage in stages)]).float().to(device)
-        self._stages = [self._stage(stage) for stage in stages]
+        # On the CPU: 20 MB that are used once for each number of steps.
+        self._time = nn.ModuleList([estimator.time_mlp, *(stage[0].mlp for stage in estimator.stages)])
+        self._stages = [self._stage(stage) for stage in estimator.stages]
         self._final = self._causal(estimator.final_block)
         self._project = self._conv(estimator.final_proj)
         self.inputs, self.width = self._stages[0].skip.matrix.shape
@@ -140,12 +148,17 @@ class PackedEstimator:
         width = skip.out_channels
         return width >= 16 and width & (width - 1) == 0 and skip.in_channels % 16 == 0
 
+    @property
+    def weights(self) -> list[Any]:
+        """Where its weights on the card are."""
+        return [self._stages, self._final, self._project]
+
     @torch.inference_mode()
     def shifts(self, moments: Tensor) -> Tensor:
-        """``Estimator.shifts``: (S,) moments to (S, resnets, width) float32."""
+        """``Estimator.shifts``: (S,) moments on the CPU to (S, resnets, width) float32."""
         embed, *mlps = self._time
-        time = embed(moments.to(self.device))
-        return torch.stack([mlp(time) for mlp in mlps], dim=1)
+        time = embed(moments)
+        return torch.stack([mlp(time) for mlp in mlps], dim=1).to(self.device)
 
     def room(self, rows: int) -> Room:
         """Room for so many rows."""
@@ -209,6 +222,8 @@ class PackedEstimator:
         second: Tensor | None = None,
     ) -> None:
         """A resnet over ``source`` (and ``second`` beside it), then transformer blocks; ``result`` is in half."""
+        if stage.quantized is not None:
+            stage.quantized.decode(overlap=self._overlap["OVERLAP"])
         self._convolve(
             rows, tiling, stage.first.conv, source, second, norm=stage.first.norm, shift=shift, half=room.first
         )
@@ -342,24 +357,32 @@ class PackedEstimator:
 
     def _stage(self, stage: nn.ModuleList) -> _Stage:
         resnet, blocks, *last = stage
+        places = [place for block in blocks for place in _places(block)]
+        quantized = None
+        if self._scratch is not None:
+            quantized = self._scratch.group([[layer.matrix for layer in place] for place in places], transposed=True)
+        matrices = [self._side_by_side(place) for place in places] if quantized is None else quantized.matrices
         return _Stage(
             first=self._causal(resnet.block1),
             second=self._causal(resnet.block2),
             skip=self._conv(resnet.res_conv),
-            blocks=[self._block(block) for block in blocks],
+            blocks=[self._block(block, *matrices[4 * own : 4 * own + 4]) for own, block in enumerate(blocks)],
+            quantized=quantized,
             last=self._conv(last[0]) if last else None,
         )
 
-    def _block(self, block: TransformerBlock) -> _Block:
-        attend, (up, down) = block.attn1, (block.ff.net["0"]["proj"], block.ff.net["2"])
-        projections = torch.cat([attend.to_q.weight, attend.to_k.weight, attend.to_v.weight])
+    def _side_by_side(self, layers: list[nn.Module]) -> Tensor:
+        return self._matrix(torch.cat([layer.weight for layer in layers]))
+
+    def _block(self, block: TransformerBlock, qkv: Tensor, out: Tensor, up: Tensor, down: Tensor) -> _Block:
+        net = block.ff.net
         return _Block(
             norm1=self._norm(block.norm1),
-            qkv=self._matrix(projections),
-            out=_Product(self._matrix(attend.to_out[0].weight), self._float(attend.to_out[0].bias)),
+            qkv=qkv,
+            out=_Product(out, self._float(block.attn1.to_out[0].bias)),
             norm3=self._norm(block.norm3),
-            up=_Product(self._matrix(up.weight), self._float(up.bias)),
-            down=_Product(self._matrix(down.weight), self._float(down.bias)),
+            up=_Product(up, self._float(net["0"]["proj"].bias)),
+            down=_Product(down, self._float(net["2"].bias)),
         )
 
     def _causal(self, block: CausalBlock) -> _Causal:
@@ -379,3 +402,9 @@ class PackedEstimator:
     def _float(self, values: Tensor | None) -> Tensor:
         assert values is not None
         return values.detach().to(self.device, torch.float32).contiguous()
+
+
+def _places(block: TransformerBlock) -> list[list[nn.Module]]:
+    """The linear layers of a block; those of a list are one product."""
+    attend, net = block.attn1, block.ff.net
+    return [[attend.to_q, attend.to_k, attend.to_v], [attend.to_out[0]], [net["0"]["proj"]], [net["2"]]]

@@ -25,8 +25,6 @@ from chatterbox_vllm.vocoder.transfer import to_device
 
 SMALLEST: Final = 1024
 """Frames of the smallest graph; a recording of 10 s alone has 500."""
-LONGEST: Final = 2560
-"""Frames of the longest utterance: 10 s of recording and 40 s of speech, rounded up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +55,7 @@ class GraphSolver:
         self._device = estimator.device
         self._shared_memory = int(torch.cuda.get_device_properties(self._device).shared_memory_per_block_optin)
         self._each: dict[int, list[tuple[Tensor, float]]] = {}
-        self._make_room(_size_for(max(frames, LONGEST), 1))
+        self._make_room(_size_for(frames, 1))
 
     def warm_up(self, frames: int, *, steps: int) -> None:
         """Compiles the kernels and captures the graphs of up to ``frames`` frames, so that no request waits for it."""

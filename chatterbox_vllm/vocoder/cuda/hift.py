@@ -8,7 +8,7 @@ default.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from chatterbox_vllm.vocoder import hift as reference
 from chatterbox_vllm.vocoder.batching import starts, within
 from chatterbox_vllm.vocoder.cuda import hift_kernels
 from chatterbox_vllm.vocoder.cuda.captured import Captured
-from chatterbox_vllm.vocoder.hift import BINS, FFT, HOP, LOUDEST, SPECTRA, UPSAMPLING, Hift, Stretch
+from chatterbox_vllm.vocoder.hift import BINS, FFT, GAP, HOP, LOUDEST, SPECTRA, UPSAMPLING, Hift, Stretch
 from chatterbox_vllm.vocoder.source import FRAME_SAMPLES, cycles_per_sample
 from chatterbox_vllm.vocoder.transfer import to_device
 
@@ -36,8 +36,6 @@ _ELEMENTS: Final = 4096
 """Of one program of ``hift_kernels.activate``."""
 _LARGEST_CAPTURED: Final = 768
 """Frames. A graph keeps memory of its own, and the time that larger ones take hides the launches."""
-GAP: Final = 4
-"""Frames between utterances: what the widest convolution sees on either side, 25 rows at 8 a frame."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,24 +165,26 @@ class FusedHift:
     """``Hift`` for CUDA cards.
 
     Args:
-        hift: on the card. Its pitch predictor and source are used; its other weights are copied.
+        hift: its pitch predictor and source move to the card and are used; its other weights are copied.
+        device: the card.
+        pool: memory of graphs, see ``Captured``.
     """
 
-    def __init__(self, hift: Hift) -> None:
-        self._hift = hift
-        self._device = device = hift.conv_pre.weight.device
+    def __init__(self, hift: Hift, *, device: torch.device, pool: tuple[int, int] | None) -> None:
+        self._predictor, self._merge = hift.f0_predictor.to(device), hift.m_source.to(device)
+        self._device = device
+        self._pool = pool
         self._graphs: dict[int, Captured[tuple[Tensor, Tensor]]] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._pre = _convolution(hift.conv_pre)
-        self._post = _convolution(hift.conv_post, outputs=_PADDED_BINS)
+        self._pre = _convolution(hift.conv_pre, device)
+        self._post = _convolution(hift.conv_post, device, outputs=_PADDED_BINS)
         kernels = len(hift.resblocks) // len(UPSAMPLING)
         self._stages = [
             _Stage(
-                up=_convolution(hift.ups[stage]),
-                down=_convolution(hift.source_downs[stage], inputs=_PADDED_BINS),
-                source_block=_layers(hift.source_resblocks[stage]),
-                blocks=[_layers(block) for block in hift.resblocks[stage * kernels : (stage + 1) * kernels]],
-                nothing=torch.zeros_like(hift.ups[stage].bias),
+                up=_convolution(hift.ups[stage], device),
+                down=_convolution(hift.source_downs[stage], device, inputs=_PADDED_BINS),
+                source_block=_layers(hift.source_resblocks[stage], device),
+                blocks=[_layers(block, device) for block in hift.resblocks[stage * kernels : (stage + 1) * kernels]],
+                nothing=torch.zeros_like(hift.ups[stage].bias, device=device),
             )
             for stage in range(len(UPSAMPLING))
         ]
@@ -192,6 +192,11 @@ class FusedHift:
         self._analysis = F.pad(reference.analysis(device)[:, 0].T.float(), (0, _PADDED_BINS - 2 * BINS)).contiguous()
         self._synthesis = reference.synthesis(device)[:, 0].float().contiguous()
         self._weight = window.square().float()
+
+    @property
+    def weights(self) -> list[Any]:
+        """Where its weights on the card are."""
+        return [self._predictor, self._merge, self._pre, self._post, self._stages]
 
     @staticmethod
     def fits(hift: Hift) -> bool:
@@ -230,9 +235,10 @@ class FusedHift:
 
     def warm_up(self, frames: int) -> None:
         """Captures graphs, and has cuDNN plan, for up to ``frames`` frames."""
-        size = 0
-        while size < frames:
-            size = _size_for(size + 1)
+        sizes = [_size_for(1)]
+        while sizes[-1] < frames:
+            sizes.append(_size_for(sizes[-1] + 1))
+        for size in reversed(sizes):  # what the largest one needs is enough for all
             self._run(size, self._examples(size))
 
     def _run(self, size: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -245,7 +251,7 @@ class FusedHift:
 
     def _examples(self, size: int) -> tuple[Tensor, ...]:
         """Inputs of ``_compute`` for ``size`` frames that hold no utterance."""
-        rows, waves = size // (1 + GAP) + 1, self._hift.m_source.waves
+        rows, waves = size // (1 + GAP) + 1, self._merge.waves
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self._device)
@@ -265,7 +271,7 @@ class FusedHift:
         packed = _Packed(*tables, *rows)
         mel = mel.T[None]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pitch = packed.clear(self._hift.f0_predictor(mel, packed))
+            pitch = packed.clear(self._predictor(mel, packed))
         cycles = self._cycles(pitch, packed)
         source = self._source(pitch, cycles, packed)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
@@ -273,14 +279,14 @@ class FusedHift:
 
     def _cycles(self, pitch: Tensor, packed: _Packed) -> Tensor:
         """``cycles_at_frames`` for packed utterances: (waves, L) float64."""
-        turned = cycles_per_sample(pitch, self._hift.m_source.waves)[0].double() * FRAME_SAMPLES
+        turned = cycles_per_sample(pitch, self._merge.waves)[0].double() * FRAME_SAMPLES
         gone = turned.cumsum(-1) - turned
         known = packed.cycles.T - gone[:, packed.anchor]
         return gone + known[:, packed.utterance]
 
     def _source(self, pitch: Tensor, cycles: Tensor, packed: _Packed) -> Tensor:
         """(480 L,), ``Source.forward``."""
-        frames, linear = len(packed.place), self._hift.m_source.l_linear
+        frames, linear = len(packed.place), self._merge.l_linear
         out = torch.empty(frames * FRAME_SAMPLES, device=pitch.device)
         hift_kernels.excite[(triton.cdiv(FRAME_SAMPLES, _SAMPLES), frames)](
             pitch,
@@ -382,23 +388,25 @@ def _tables(size: int, frames: npt.NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(tables)
 
 
-def _layers(block: nn.Module) -> list[_Layer]:
+def _layers(block: nn.Module, device: torch.device) -> list[_Layer]:
     parts = zip(block.activations1, block.convs1, block.activations2, block.convs2, strict=True)
     return [
-        _Layer(first.alpha, _convolution(conv1), second.alpha, _convolution(conv2))
+        _Layer(
+            first.alpha.to(device), _convolution(conv1, device), second.alpha.to(device), _convolution(conv2, device)
+        )
         for first, conv1, second, conv2 in parts
     ]
 
 
-def _convolution(conv: nn.Module, *, inputs: int = 0, outputs: int = 0) -> _Convolution:
+def _convolution(conv: nn.Module, device: torch.device, *, inputs: int = 0, outputs: int = 0) -> _Convolution:
     """With zero weights for channels up to ``inputs`` and ``outputs``."""
     weight, bias = conv.weight, conv.bias
     transposed = isinstance(conv, nn.ConvTranspose1d)
     weight = F.pad(weight, (0, 0, 0, max(0, inputs - weight.shape[1]), 0, max(0, outputs - weight.shape[0])))
     bias = F.pad(bias, (0, max(0, outputs - len(bias))))
     return _Convolution(
-        weight=_last(weight.unsqueeze(2)),
-        bias=bias.contiguous(),
+        weight=_last(weight.unsqueeze(2)).to(device),
+        bias=bias.contiguous().to(device),
         stride=conv.stride[0],
         padding=conv.padding[0],
         dilation=conv.dilation[0],

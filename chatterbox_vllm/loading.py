@@ -1,0 +1,265 @@
+"""T3 and the vocoder, loaded side by side as a policy says; and with a weaker one, where a strategy does not work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+import torch
+
+from chatterbox_vllm.budget import Demand, Plan, choose_strategy, plan
+from chatterbox_vllm.checkpoint import Checkpoint, cache_dir
+from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
+from chatterbox_vllm.mps import Mps
+from chatterbox_vllm.quantization.estimate import QuantizationMemoryEstimator
+from chatterbox_vllm.quantization.policy import NONE, VOCODER, Method, Policy, QuantizationStrategy
+from chatterbox_vllm.t3.footprint import T3Footprint
+from chatterbox_vllm.t3.generator import T3Generator
+from chatterbox_vllm.t3.launch import launch
+from chatterbox_vllm.tenancy import EXTENSION
+from chatterbox_vllm.vocoder.footprint import VocoderFootprint
+from chatterbox_vllm.vocoder.guest import GuestHost
+from chatterbox_vllm.vocoder.host import ProcessHost, ThreadHost
+from chatterbox_vllm.vocoder.stage import Blueprint
+from chatterbox_vllm.vocoder.worker import VocoderPool
+
+logger: Final = logging.getLogger(__name__)
+_NAMES: Final = {
+    "t3": "T3",
+    "flow_encoder": "S3Gen's flow encoder",
+    "estimator": "S3Gen's estimator",
+    "voice_encoder": "Voice Encoder",
+}
+_GIVEN: Final = ("max_num_seqs", "max_model_len", "gpu_memory_utilization")
+"""Arguments of T3's engine that a budget has to go by, or replaces."""
+_FRUGAL: Final = {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}
+"""cuBLAS' workspace of each stream: 8 MiB, as on other cards, in place of a Hopper's 32."""
+_OF_QUANTIZATION: Final = ("quantization", "vllm-bnb-plugin", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is to be loaded, checked.
+
+    Args:
+        checkpoint: the weights.
+        policy: how they are quantised.
+        on_gpu: T3 runs on a GPU.
+        device: of the enrolment networks.
+        vocoder_devices: one for each of the vocoder's workers.
+        vocoder_process: whether each of them is a process of its own; None decides by the device.
+        vocoder_dtype: None for the device's best.
+        t3: ``t3.launch.launch``'s arguments, but for the weights and the method.
+        mps: NVIDIA's Multi-Process Service is to run.
+        max_frames: the most mel frames that the vocoder has in work at once; None for as many as suit the device.
+        budget: bytes of the card for everything together; None for no such limit.
+        plan: what the budget is spent on.
+    """
+
+    checkpoint: Checkpoint
+    policy: Policy
+    on_gpu: bool
+    device: str
+    vocoder_devices: list[str]
+    vocoder_process: bool | None
+    vocoder_dtype: torch.dtype | None
+    t3: Mapping[str, Any]
+    mps: bool = False
+    max_frames: int | None = None
+    budget: int | None = None
+    plan: Plan | None = None
+
+    @property
+    def host(self) -> type[ProcessHost] | type[ThreadHost]:
+        """Where the vocoder's workers run: on T3's GPU, without a process of their own, in T3's."""
+        needed = len(self.vocoder_devices) > 1 or self.vocoder_devices != ["cpu"]
+        if needed if self.vocoder_process is None else self.vocoder_process:
+            return ProcessHost
+        return GuestHost if self.on_gpu and self.vocoder_devices[0] in {"cuda", "cuda:0"} else ThreadHost
+
+
+@dataclass(frozen=True)
+class Stages:
+    """T3, the vocoder, and what lets both use one card at the same time, if it runs."""
+
+    t3: T3Generator
+    vocoder: VocoderPool
+    sharing: Mps | None
+
+
+def settled(setup: Setup) -> Setup:
+    """``setup`` with what its device, its budget and the strategy ``auto`` decide.
+
+    Raises:
+        ConfigurationError: the device cannot have the policy, or the budget cannot hold it; says by how much.
+    """
+    if not setup.on_gpu:
+        if setup.budget is not None:
+            raise ConfigurationError("vram_budget is a GPU's; leave it out on a CPU", param="vram_budget")
+        auto = setup.policy.strategy == QuantizationStrategy.AUTO
+        policy = NONE if auto else setup.policy.on_cpu()
+        return replace(setup, policy=policy, t3={"max_num_seqs": 32, **setup.t3})
+    if setup.budget is not None:
+        return _planned(setup, setup.budget)
+    setup = replace(setup, t3={"max_num_seqs": 256, **setup.t3})
+    if setup.policy.strategy == QuantizationStrategy.AUTO:
+        free, _ = torch.cuda.mem_get_info()
+        policy = choose_strategy(free, _demand(setup))
+        logger.info("quantization_strategy=auto is %s: %.1f GiB are free", policy.strategy, free / 2**30)
+        return replace(setup, policy=policy)
+    return setup
+
+
+def _planned(setup: Setup, budget: int) -> Setup:
+    made = plan(budget, _demand(setup), setup.policy)
+    if chosen := [name for name in made.t3_arguments if name in setup.t3 and name not in _GIVEN]:
+        raise ConfigurationError(f"{chosen[0]} is what vram_budget decides; leave one of them out", param=chosen[0])
+    logger.info("vram_budget:\n%s", made.table())
+    return replace(
+        setup,
+        policy=made.policy,
+        device=setup.device if made.enrolment_device == "cuda" else "cpu",
+        vocoder_process=made.vocoder_process,
+        max_frames=made.vocoder_max_frames,
+        t3={**setup.t3, **made.t3_arguments},
+        plan=made,
+    )
+
+
+def _demand(setup: Setup) -> Demand:
+    """What the budget has to hold. T3's card is the first one."""
+    demand = Demand(
+        setup.checkpoint,
+        max_batch_size=setup.t3.get("max_num_seqs"),
+        max_model_len=setup.t3["max_model_len"],
+        vocoder_process=setup.vocoder_process,
+        vocoder_on_card=any(device in {"cuda", "cuda:0"} for device in setup.vocoder_devices),
+        itemsize=4 if setup.t3.get("dtype") == "float32" else 2,
+        vocoder_itemsize=4 if setup.vocoder_dtype == torch.float32 else 2,
+    )
+    if not torch.cuda.is_available():
+        return demand
+    return replace(demand, multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count)
+
+
+async def load(setup: Setup, *, strict: bool) -> tuple[Setup, Stages]:
+    """Both stages, ready to speak, and how they were loaded in the end.
+
+    Args:
+        setup: settled.
+        strict: raise where a strategy does not work, rather than fall back to the next that quantises less.
+    """
+    while True:
+        try:
+            return setup, await _loaded(setup)
+        except (ConfigurationError, EngineError, MissingDependency) as error:
+            weaker = setup.policy.weaker()
+            if strict or weaker is None or not _is_of_quantization(error):
+                raise
+            logger.warning(
+                "the strategy %s does not work here: %s; loading with %s", setup.policy.strategy, error, weaker.strategy
+            )
+            setup = settled(replace(setup, policy=weaker))
+
+
+def _is_of_quantization(error: Exception) -> bool:
+    """Whether another method might do better."""
+    if isinstance(error, MissingDependency):
+        return error.package in _OF_QUANTIZATION
+    return not isinstance(error, ConfigurationError) or error.param in _OF_QUANTIZATION
+
+
+async def _loaded(setup: Setup) -> Stages:
+    sharing = Mps() if setup.mps else None
+    blueprint = partial(
+        Blueprint,
+        setup.checkpoint.s3gen,
+        dtype=setup.vocoder_dtype,
+        flow_encoder=setup.policy.flow_encoder,
+        estimator=setup.policy.estimator,
+        max_frames=setup.max_frames,
+    )
+    hosts = [setup.host(blueprint(device=device)) for device in setup.vocoder_devices]
+    pool = VocoderPool(hosts)
+    started = time.perf_counter()
+    pool.start()
+    logger.info("loading T3 (%s) from %s into vLLM", setup.checkpoint.variant, setup.checkpoint.folder)
+    loading_t3 = asyncio.ensure_future(asyncio.to_thread(launch, setup.checkpoint.t3, **_t3_arguments(setup)))
+    try:
+        t3, _ = await asyncio.gather(asyncio.shield(loading_t3), pool.read())
+        await t3.connect()
+        for host in hosts:
+            if isinstance(host, GuestHost):
+                host.admit(partial(_admit, t3))
+        logger.info("T3 is up after %.0f s; the vocoder follows", time.perf_counter() - started)
+        await pool.ready()  # not earlier: T3 takes its share of a card's memory, the vocoder sees what is left
+    except BaseException:
+        # A thread cannot be stopped: an engine that comes up after all is ended then.
+        loading_t3.add_done_callback(_end_late_engine)
+        await pool.close(drain=False)
+        if sharing is not None:
+            loading_t3.add_done_callback(lambda _: sharing.stop())
+        raise
+    logger.info("ready after %.0f s", time.perf_counter() - started)
+    return Stages(t3, pool, sharing)
+
+
+async def _admit(t3: T3Generator, path: str) -> None:
+    """Lets the vocoder into T3's process."""
+    await t3.call("admit_vocoder", path)
+
+
+def _t3_arguments(setup: Setup) -> dict[str, Any]:
+    frugal = {} if setup.plan is None else _FRUGAL
+    return {
+        "cache": cache_dir(),
+        "method": setup.policy.t3,
+        "extension": EXTENSION,
+        "environment": frugal,
+        **setup.t3,
+    }
+
+
+def components_of(setup: Setup, t3: T3Footprint, vocoders: Sequence[VocoderFootprint]) -> dict[str, dict[str, Any]]:
+    """Component to its ``method``, how many ``layers`` are quantised, ``bytes`` and ``bytes_before``.
+
+    T3 and vocoder are measured. The voice encoder, which comes with the first recording, is told from its file.
+    """
+    estimate = QuantizationMemoryEstimator(setup.checkpoint).estimate(setup.policy)
+    sizes = {
+        "t3": (t3.linear, t3.linear_before),
+        **{
+            name: tuple(sum(getattr(each, of).get(name, 0) for each in vocoders) for of in ("weights", "before"))
+            for name in VOCODER
+        },
+        "voice_encoder": (estimate["voice_encoder"].after, estimate["voice_encoder"].before),
+    }
+    return {
+        name: {
+            "method": method,
+            "layers": estimate[name].layers,
+            "bytes": sizes[name][0],
+            "bytes_before": sizes[name][1],
+        }
+        for name, method in setup.policy.methods.items()
+    }
+
+
+def log_applied(components: Mapping[str, Mapping[str, Any]]) -> None:
+    """``[QUANTIZATION] Applied bnb-4bit to T3 ...``, a line for each component that is quantised."""
+    for name, told in components.items():
+        if told["method"] != Method.NONE:
+            before, after = (told[key] / 2**20 for key in ("bytes_before", "bytes"))
+            logger.info(
+                "[QUANTIZATION] Applied %s to %s: %.1f MiB -> %.1f MiB", told["method"], _NAMES[name], before, after
+            )
+
+
+def _end_late_engine(loading: asyncio.Future[T3Generator]) -> None:
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result().shutdown()

@@ -1,0 +1,336 @@
+"""Which method for which network, and why; five spellings of it that other projects made familiar.
+
+    component      what is quantised                                        methods
+    t3             linear layers of the Llama                               bnb-4bit, bnb-8bit, awq, int8, fp8, vLLM's
+    flow_encoder   linear layers of the conformer blocks                    bnb-4bit, bnb-8bit, int8
+    estimator      linear layers of the transformer blocks                  bnb-4bit, bnb-8bit, int8
+    voice_encoder  the projection after the LSTM                            bnb-4bit, bnb-8bit, int8
+
+Never quantised (``KEPT``): embeddings and heads, norms, HiFT and its pitch predictor, T3's conditioning.
+
+This module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, Self
+
+from chatterbox_vllm.errors import ConfigurationError
+
+logger: Final = logging.getLogger(__name__)
+
+
+class Method(StrEnum):
+    """Our names of the methods."""
+
+    NONE = "none"
+    BNB_4BIT = "bnb-4bit"
+    """bitsandbytes' NF4 in blocks of 64, with 16-bit activations. NVIDIA GPUs."""
+    BNB_8BIT = "bnb-8bit"
+    """bitsandbytes' LLM.int8: a scale a row. NVIDIA GPUs."""
+    AWQ = "awq"
+    """4-bit T3 that ``chatterbox-vllm quantize`` wrote, on vLLM's kernels for that; on a CPU, too."""
+    INT8 = "int8"
+    """8-bit weights and activations, a scale a row; on a CPU, too."""
+    FP8 = "fp8"
+    """vLLM's online float8 of T3. NVIDIA GPUs."""
+
+
+class QuantizationStrategy(StrEnum):
+    """Policies by name."""
+
+    NONE = "none"
+    CONSERVATIVE = "conservative"
+    MIXED = "mixed"
+    AGGRESSIVE = "aggressive"
+    AUTO = "auto"
+
+
+COMPONENTS: Final = ("t3", "flow_encoder", "estimator", "voice_encoder")
+VOCODER: Final = ("flow_encoder", "estimator")
+KEPT: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "embeddings": "they are looked up, not multiplied, and every token begins with one",
+        "speech head": "every sampled token goes through it, and it is 2% of T3",
+        "norms and biases": "a thousandth of the weights",
+        "t3 conditioning": "it runs once a voice, in float32 on the CPU, and takes no memory of the card",
+        "time embedding of the estimator": "it is computed once and kept as numbers, not as weights",
+        "hift": "convolutions that make the waveform: what is wrong in them is heard, no network mends it",
+        "f0 predictor": "an error in pitch adds up to a phase over the whole utterance",
+    }
+)
+_LINEAR: Final = frozenset({Method.NONE, Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8})
+_GPU_ONLY: Final = frozenset({Method.BNB_4BIT, Method.BNB_8BIT, Method.FP8})
+_VLLM_NAMES: Final[Mapping[str, str]] = MappingProxyType({"bitsandbytes": Method.BNB_4BIT, "": Method.NONE})
+"""What vLLM, and our users of it, call what has another name here."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A method for each component.
+
+    Args:
+        t3: a ``Method``, or the name of any other method of vLLM's, which is passed on.
+        flow_encoder, estimator, voice_encoder: a ``Method`` that suits linear layers.
+        strategy: the name it came by, if it did.
+
+    Raises:
+        ConfigurationError: a component cannot have its method.
+    """
+
+    t3: str = Method.NONE
+    flow_encoder: str = Method.NONE
+    estimator: str = Method.NONE
+    voice_encoder: str = Method.NONE
+    strategy: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in COMPONENTS[1:]:
+            if getattr(self, name) not in _LINEAR:
+                allowed = ", ".join(sorted(_LINEAR))
+                raise ConfigurationError(f"{name} cannot be {getattr(self, name)}; it can be {allowed}", param=name)
+
+    @property
+    def methods(self) -> dict[str, str]:
+        """Component to method."""
+        return {name: str(getattr(self, name)) for name in COMPONENTS}
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(method != Method.NONE for method in self.methods.values())
+
+    @property
+    def method(self) -> str:
+        """One word for it: the method that all quantised components share, else ``mixed``."""
+        used = {method for method in self.methods.values() if method != Method.NONE}
+        return used.pop() if len(used) == 1 else "mixed" if used else str(Method.NONE)
+
+    def on_cpu(self) -> Self:
+        """What of it a CPU can do: a strategy's 8-bit parts become int8, its 4-bit parts, too.
+
+        Raises:
+            ConfigurationError: a method was asked for by name that needs an NVIDIA GPU.
+        """
+        gpu_only = {name: method for name, method in self.methods.items() if method in _GPU_ONLY}
+        if not gpu_only:
+            return self
+        if self.strategy is None:
+            name, method = next(iter(gpu_only.items()))
+            raise ConfigurationError(
+                f"{method} ({name}) needs an NVIDIA GPU; on a CPU leave it out, or use int8", param="quantization"
+            )
+        logger.warning("the strategy %s needs an NVIDIA GPU; on this CPU its parts are int8", self.strategy)
+        return replace(self, **dict.fromkeys(gpu_only, str(Method.INT8)))
+
+    def weaker(self) -> Policy | None:
+        """The strategy to try when this one failed: the next that quantises less; None after the last."""
+        order = [*_LADDER, str(QuantizationStrategy.NONE)]
+        if self.strategy not in _LADDER:
+            return None
+        return STRATEGIES[order[order.index(self.strategy) + 1]]
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """A user's profile: TOML or JSON, a method for each component that is to have one.
+
+        Raises:
+            ConfigurationError: the file cannot be read, or names no component or method.
+        """
+        file = Path(path).expanduser()
+        try:
+            text = file.read_text(encoding="utf-8")
+            content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(
+                f'{file} is no quantisation profile ({error}); write TOML such as: t3 = "bnb-4bit"',
+                param="quantization_profile",
+            ) from error
+        if not isinstance(content, dict) or content.keys() - set(COMPONENTS):
+            unknown = sorted(content.keys() - set(COMPONENTS)) if isinstance(content, dict) else [text[:40]]
+            raise ConfigurationError(
+                f"{file}: {', '.join(unknown)} is no component; there are {', '.join(COMPONENTS)}",
+                param="quantization_profile",
+            )
+        return cls(**{name: canonical(value, f"{file}: {name}") for name, value in content.items()}, strategy=file.stem)
+
+
+NONE: Final = Policy()
+STRATEGIES: Final[Mapping[str, Policy]] = MappingProxyType(
+    {
+        str(name): Policy(t3, vocoder, vocoder, voice_encoder, strategy=str(name))
+        for name, t3, vocoder, voice_encoder in (
+            (QuantizationStrategy.NONE, Method.NONE, Method.NONE, Method.NONE),
+            (QuantizationStrategy.CONSERVATIVE, Method.INT8, Method.INT8, Method.NONE),
+            (QuantizationStrategy.MIXED, Method.BNB_4BIT, Method.BNB_8BIT, Method.NONE),
+            (QuantizationStrategy.AGGRESSIVE, Method.BNB_4BIT, Method.BNB_4BIT, Method.BNB_4BIT),
+        )
+    }
+)
+"""``auto`` is one of these, chosen by free memory (``chatterbox_vllm.budget``)."""
+_LADDER: Final = ("aggressive", "mixed", "conservative")
+
+
+class Given(NamedTuple):
+    """A spelling's value and where it came from, for messages: ``--quantization``, ``CHATTERBOX_QUANTIZATION``."""
+
+    value: Any
+    origin: str
+
+
+SPELLINGS: Final = (
+    "quantization",
+    "use_quantization",
+    "quantization_method",
+    "quantize_s3gen",
+    "quantize_voice_encoder",
+    "use_bnb_quantization",
+    "quantization_strategy",
+    "quantization_profile",
+    "use_int8_quantization",
+    "flow_encoder_quantization",
+    "estimator_quantization",
+    "voice_encoder_quantization",
+)
+"""Names of settings and of keyword arguments."""
+FIELDS: Final[Mapping[str, str]] = MappingProxyType(
+    {"t3": "quantization", **{name: f"{name}_quantization" for name in COMPONENTS[1:]}}
+)
+"""The spelling that means one component and nothing else."""
+_Claim = tuple[Given, Mapping[str, str], str | None]
+
+
+def resolve(given: Mapping[str, Given]) -> Policy:
+    """The policy that all spellings together ask for: ``claims``, and ``none`` for what nobody speaks of."""
+    components, strategy = claims(given)
+    return Policy(**components, strategy=strategy)
+
+
+def claims(given: Mapping[str, Given]) -> tuple[dict[str, str], str | None]:
+    """What all spellings together say: component to method, and the strategy's name.
+
+        quantization                              T3: a method, "bitsandbytes" (bnb-4bit), "none" or None
+        use_quantization, quantization_method     T3: the method, bnb-4bit unless it is named; false: nothing at all
+        quantize_s3gen, quantize_voice_encoder    the other parts, by quantization_method or T3's
+        use_bnb_quantization                      T3: bnb-8bit
+        quantization_strategy                     everything: conservative, mixed, aggressive, auto, none
+        quantization_profile                      everything: a file
+        use_int8_quantization                     everything: int8
+        ..._quantization                          that component
+
+    ``auto`` says nothing of any component yet.
+
+    Args:
+        given: spelling to value; those that were left open are absent.
+
+    Raises:
+        ConfigurationError: a value is unknown, or two spellings disagree; names both.
+    """
+    said: dict[str, tuple[str, Given]] = {}
+    strategy: str | None = None
+    for origin, methods, name in _claims(given):
+        strategy = name or strategy
+        for component, method in methods.items():
+            before, first = said.setdefault(component, (method, origin))
+            if before != method:
+                both = " and ".join(f"{each.origin}={_shown(each.value)}" for each in (first, origin))
+                raise ConfigurationError(f"{both} disagree about {component}; keep one", param=origin.origin)
+    return {component: method for component, (method, _) in said.items()}, strategy
+
+
+def _claims(given: Mapping[str, Given]) -> Iterator[_Claim]:
+    """Each spelling that says something, and what it says."""
+    for of in (_of_one, _of_t3, _of_parts, _of_everything):
+        yield from of(given)
+
+
+def _of_one(given: Mapping[str, Given]) -> Iterator[_Claim]:
+    for component, name in FIELDS.items():
+        if (one := given.get(name)) is not None:
+            yield one, {component: canonical(one.value, one.origin)}, None
+
+
+def _of_t3(given: Mapping[str, Given]) -> Iterator[_Claim]:
+    use, method = given.get("use_quantization"), given.get("quantization_method")
+    if use is not None and not use.value:
+        yield use, dict.fromkeys(COMPONENTS, str(Method.NONE)), None
+    elif use is not None or (method is not None and _parts(given)):
+        said = method or use
+        assert said is not None
+        yield said, {"t3": canonical(method.value, method.origin) if method else str(Method.BNB_4BIT)}, None
+    elif method is not None:
+        raise ConfigurationError(
+            f"{method.origin}={method.value} has no effect without use_quantization; set both or none",
+            param=method.origin,
+        )
+    if (bnb := given.get("use_bnb_quantization")) is not None:
+        yield bnb, {"t3": str(Method.BNB_8BIT if bnb.value else Method.NONE)}, None
+
+
+def _of_parts(given: Mapping[str, Given]) -> Iterator[_Claim]:
+    for name, components in _parts(given).items():
+        yield given[name], dict.fromkeys(components, _beside_t3(given)), None
+
+
+def _parts(given: Mapping[str, Given]) -> dict[str, tuple[str, ...]]:
+    """The switches for single parts that are on, and their components."""
+    known = {"quantize_s3gen": VOCODER, "quantize_voice_encoder": ("voice_encoder",)}
+    return {name: components for name, components in known.items() if name in given and given[name].value}
+
+
+def _beside_t3(given: Mapping[str, Given]) -> str:
+    """The other parts' method: the one that is named, if linear layers can have it, else bnb-4bit."""
+    chosen = given.get("quantization_method") or given.get("quantization")
+    named = canonical(chosen.value, chosen.origin) if chosen else str(Method.NONE)
+    return named if named in _LINEAR - {Method.NONE} else str(Method.BNB_4BIT)
+
+
+def _of_everything(given: Mapping[str, Given]) -> Iterator[_Claim]:
+    if (int8 := given.get("use_int8_quantization")) is not None and int8.value:
+        yield int8, dict.fromkeys(("t3", *VOCODER), str(Method.INT8)), None
+    if (strategy := given.get("quantization_strategy")) is not None and strategy.value is not None:
+        yield strategy, *_of_strategy(strategy)
+    if (profile := given.get("quantization_profile")) is not None and profile.value is not None:
+        policy = Policy.from_file(profile.value)
+        yield profile, policy.methods, policy.strategy
+
+
+def _of_strategy(given: Given) -> tuple[Mapping[str, str], str]:
+    name = str(given.value)
+    if name == QuantizationStrategy.AUTO:
+        return {}, name
+    if name not in STRATEGIES:
+        known = ", ".join(QuantizationStrategy)
+        raise ConfigurationError(f"{given.origin}={name} is no strategy; there are {known}", param=given.origin)
+    return STRATEGIES[name].methods, name
+
+
+def canonical(value: Any, origin: str = "quantization") -> str:
+    """Our name of a method: ``bitsandbytes`` is bnb-4bit, None is none; what vLLM alone knows stays as it is.
+
+    Raises:
+        ConfigurationError: the value is no text.
+    """
+    if value is None:
+        return str(Method.NONE)
+    if not isinstance(value, str):
+        raise ConfigurationError(
+            f"{origin} must be one of {', '.join(Method)}, or another method of vLLM's, not {value!r}", param=origin
+        )
+    return str(_VLLM_NAMES.get(value.lower(), value))
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool | None) else str(value)
+
+
+def as_dict(policy: Policy) -> dict[str, Any]:
+    """For reports: component to method, and the strategy's name."""
+    return {field.name: asdict(policy)[field.name] for field in fields(policy)}

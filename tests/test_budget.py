@@ -1,0 +1,258 @@
+"""The memory budget: its arithmetic, what it chooses, and what it says when nothing fits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from vllm import AsyncEngineArgs
+
+from chatterbox_vllm import budget
+from chatterbox_vllm.budget import BLOCK, MIB, Demand, Plan, choose_strategy, compare, longest_frames, parse_bytes, plan
+from chatterbox_vllm.checkpoint import Checkpoint
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.quantization.policy import STRATEGIES, Policy
+from chatterbox_vllm.settings import PRESETS
+from chatterbox_vllm.t3.folder import infer_config, model_folder
+from chatterbox_vllm.t3.launch import cache_bytes_per_position, engine_arguments, frugal
+from chatterbox_vllm.vocoder.stage import FEWEST_FRAMES
+from tests.memory_support import GUIDE, Headers, full_headers, guide_row
+
+AUTO = Policy(strategy="auto")
+
+
+@pytest.fixture(scope="module")
+def demand(tmp_path_factory: pytest.TempPathFactory) -> Demand:
+    """Of networks of the real sizes."""
+    return Demand(full_headers(tmp_path_factory.mktemp("full")), max_batch_size=2, max_model_len=640)
+
+
+def least(demand: Demand, policy: Policy = STRATEGIES["none"]) -> int:
+    """Bytes below which ``demand`` does not fit, as the refusal says them."""
+    with pytest.raises(ConfigurationError) as refused:
+        plan(1, demand, policy)
+    missing = re.search(r"is ([\d,]+) bytes", str(refused.value))
+    assert missing
+    return int(missing[1].replace(",", "")) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("2GiB", 2**31),
+        ("2048MiB", 2**31),
+        ("2g", 2**31),
+        ("2147483648", 2**31),
+        (2**31, 2**31),
+        ("2GB", 2 * 10**9),
+        (" 1.5 gib ", 3 * 2**29),
+        ("4096m", 2**32),
+    ],
+)
+def test_ways_to_write_an_amount(text: str | int, amount: int) -> None:
+    assert parse_bytes(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "0", "0GiB", "2 TiB", "2GiB!", "GiB", True, 0])
+def test_what_is_no_amount_is_refused(text: str | int) -> None:
+    with pytest.raises(ConfigurationError, match="2GiB") as refused:
+        parse_bytes(text)
+    assert refused.value.param == "vram_budget"
+    assert "vram_budget" in str(refused.value)
+
+
+def test_the_cache_is_what_vllm_will_take(demand: Demand) -> None:
+    config, sizes = infer_config(demand.checkpoint.t3), demand.estimator.t3_sizes
+    one = cache_bytes_per_position(config, 2)
+    assert budget.position_bytes(sizes) == one
+    assert sizes.vocabulary == config.vocab_size
+    made = plan(2**34, demand)
+    blocks, rest = divmod(made.t3_arguments["kv_cache_memory_bytes"], BLOCK * one)
+    assert rest == 0
+    assert blocks == 2 * (640 // BLOCK) + 1  # vLLM keeps one for itself
+    assert budget.cache_bytes(sizes, 641, 1) - budget.cache_bytes(sizes, 640, 1) == BLOCK * one
+
+
+def test_a_plan_is_one_that_the_engine_takes(demand: Demand, demo: Checkpoint, tmp_path: Path) -> None:
+    made, config = plan(2**34, demand), infer_config(demo.t3)
+    arguments = engine_arguments(config, made.t3_arguments)
+    engine = AsyncEngineArgs(model=str(model_folder(demo.t3, config, tmp_path)), **arguments)
+    assert (engine.max_num_seqs, engine.max_model_len, engine.block_size) == (2, 640, BLOCK)
+    assert max(made.t3_arguments["cudagraph_capture_sizes"]) == 2
+    assert made.vocoder_max_frames is not None
+    assert made.vocoder_max_frames >= longest_frames(640)
+
+
+def test_items_sum_to_the_total(demand: Demand) -> None:
+    made = plan(2**34, demand, STRATEGIES["mixed"])
+    estimated = demand.estimator.estimate(STRATEGIES["mixed"])
+    assert made.total == sum(item.bytes for item in made.items) <= made.budget
+    exact = sum(item.bytes for item in made.items if item.exact)
+    assert exact == estimated.card + made.t3_arguments["kv_cache_memory_bytes"]
+    for item in made.items:
+        assert item.name in made.table()
+
+
+def test_more_memory_is_never_worse(demand: Demand) -> None:
+    """From just enough to plenty, in steps of 256 MiB: what was had before stays."""
+    before = plan(least(demand), demand)
+    for amount in range(before.budget, 2**33, 256 * MIB):
+        made = plan(amount, demand)
+        assert made.total <= amount
+        assert value(made) >= value(before)
+        before = made
+    assert before.vocoder_process
+    assert before.enrolment_device == "cuda"
+
+
+def test_an_open_batch_size_is_what_fits(demand: Demand) -> None:
+    open_batch = replace(demand, max_batch_size=None)
+    assert plan(least(open_batch), open_batch).max_batch_size == 1
+    sizes = [plan(gigabytes * 2**30, open_batch).max_batch_size for gigabytes in (4, 8, 16, 128)]
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == 256
+
+
+def value(made: Plan) -> tuple[int, int, bool, bool]:
+    """What memory is spent on, in its order."""
+    tokens = made.t3_arguments["max_num_batched_tokens"]
+    return made.vocoder_max_frames or 0, tokens, made.vocoder_process, made.enrolment_device == "cuda"
+
+
+def test_the_least_is_t3_s_own_least(demand: Demand) -> None:
+    made = plan(least(demand), demand)
+    assert frugal(2, 640).items() <= dict(made.t3_arguments).items()
+
+
+def test_just_enough_is_enough(demand: Demand) -> None:
+    enough = least(demand)
+    assert plan(enough, demand).total == enough
+    with pytest.raises(ConfigurationError):
+        plan(enough - 1, demand)
+
+
+def test_a_refusal_names_the_missing_bytes_and_what_would_fit(demand: Demand) -> None:
+    demand = replace(demand, max_batch_size=512, max_model_len=2048)
+    available = least(replace(demand, max_batch_size=100))
+    with pytest.raises(ConfigurationError) as refused:
+        plan(available, demand)
+    text = str(refused.value)
+    assert refused.value.param == "vram_budget"
+    assert f"{least(demand) - available:,} bytes" in text
+    assert "T3's cache, 512 x 2048 positions" in text
+    assert "max_batch_size=100" in text.split("what would fit:")[1]
+    shorter = re.search(r"max_model_len=(\d+)", text.split("what would fit:")[1])
+    larger = re.search(r"vram_budget=(\d+MiB)", text.split("what would fit:")[1])
+    assert shorter
+    assert larger
+    plan(available, replace(demand, max_model_len=int(shorter[1])))
+    with pytest.raises(ConfigurationError):
+        plan(available, replace(demand, max_model_len=int(shorter[1]) + BLOCK))
+    plan(parse_bytes(larger[1]), demand)
+
+
+def test_auto_quantises_no_more_than_it_must(demand: Demand) -> None:
+    amounts = {name: least(demand, policy) for name, policy in STRATEGIES.items()}
+    assert sorted(amounts.values(), reverse=True) == list(amounts.values())
+    for name, amount in amounts.items():
+        assert plan(amount, demand, AUTO).policy.strategy == name
+        assert choose_strategy(amount, demand).strategy == name
+    with pytest.raises(ConfigurationError, match="quantisation auto"):
+        plan(amounts["aggressive"] - 1, demand, AUTO)
+
+
+def test_auto_without_a_budget_needs_no_room_for_a_large_batch(demand: Demand) -> None:
+    many, eight = replace(demand, max_batch_size=4096), replace(demand, max_batch_size=8)
+    assert choose_strategy(least(eight), many).strategy == "none"
+    assert choose_strategy(least(eight), replace(demand, max_batch_size=None)).strategy == "none"
+
+
+def test_compare_tells_what_fits_and_why_the_rest_does_not(demand: Demand) -> None:
+    plans = compare(least(demand, STRATEGIES["mixed"]), demand)
+    assert [isinstance(each, Plan) for each in plans.values()] == [False, False, True, True]
+
+
+def test_contexts_are_counted(demand: Demand) -> None:
+    """T3's, the vocoder's if it has a process of its own, and the server's if it enrols on the card."""
+
+    def contexts(changed: Demand, amount: int) -> str:
+        return plan(amount, changed).items[0].name
+
+    own, guest = replace(demand, vocoder_process=True), replace(demand, vocoder_process=False)
+    assert contexts(demand, 2**34) == contexts(own, 2**34) == "CUDA contexts, 3"
+    assert contexts(guest, 2**34) == "CUDA contexts, 2"
+    assert contexts(demand, least(demand)) == "CUDA contexts, 1"
+    assert contexts(own, least(own)) == "CUDA contexts, 2"
+    fewer = replace(own, multiprocessors=28)
+    assert least(own) - least(fewer) == 2 * (budget.context_bytes(132) - budget.context_bytes(28))
+
+
+# On one H200, CUDA 13.0, driver 580: docs/VRAM_OPTIMIZATION.md.
+
+
+def test_a_context_is_as_measured() -> None:
+    assert budget.context_bytes(132) == pytest.approx(618.8 * MIB, rel=0.01)
+
+
+def test_the_ultra_low_preset_takes_what_was_measured(demand: Demand) -> None:
+    """By NVML, the whole device; two of cuBLAS' workspaces were 24 MiB larger then."""
+    made = plan(2**31, replace(demand, max_batch_size=1), STRATEGIES["aggressive"])
+    assert made.total == pytest.approx((2072.8 - 2 * 24) * MIB, rel=0.05)
+    assert in_torch(made) == pytest.approx((1208 - 2 * 24) * MIB, rel=0.05)
+
+
+def test_eight_at_once_take_what_was_measured(demand: Demand) -> None:
+    """T3 and the vocoder, each in its process; nothing had been enrolled."""
+    made = plan(2**33, replace(demand, max_batch_size=8, max_model_len=1000))
+    assert (made.vocoder_process, made.vocoder_max_frames, made.enrolment_device) == (True, 8192, "cpu")
+    assert made.total == pytest.approx(6848.4 * MIB, rel=0.05)
+    assert in_torch(made) == pytest.approx((3084 + 2242) * MIB, rel=0.05)
+
+
+def in_torch(made: Plan) -> int:
+    """Bytes, and those of the solver's CUDA graphs, 6 MiB each."""
+    outside = ("CUDA contexts", "libraries and kernels")
+    return sum(item.bytes for item in made.items if not item.name.startswith(outside))
+
+
+def test_a_vocoder_elsewhere_costs_nothing(demand: Demand) -> None:
+    elsewhere = plan(2**34, replace(demand, vocoder_on_card=False))
+    assert elsewhere.vocoder_max_frames is None
+    assert elsewhere.vocoder_process
+    assert not any("vocoder" in item.name for item in elsewhere.items)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_their_own_budgets(demand: Demand, name: str) -> None:
+    preset = PRESETS[name]
+    chosen = replace(demand, max_batch_size=preset["max_batch_size"], max_model_len=preset["max_model_len"])
+    policy = STRATEGIES[preset.get("quantization_strategy", "none")]
+    made = plan(parse_bytes(preset["vram_budget"]), chosen, policy)
+    assert made.vocoder_max_frames is not None
+    if name == "ultra-low-vram":
+        assert preset["max_model_len"] >= 600
+        assert not made.vocoder_process
+        contexts = next(item.bytes for item in made.items if "contexts" in item.name)
+        assert made.total - contexts <= 3 * 2**29
+    else:
+        assert made.vocoder_max_frames >= FEWEST_FRAMES
+
+
+def test_a_process_less_is_a_remedy(demand: Demand) -> None:
+    own = replace(demand, vocoder_process=True)
+    with pytest.raises(ConfigurationError, match="vocoder_process=false"):
+        plan(least(demand), own)
+
+
+def test_the_guide_in_the_docs_is_computed(demand: Demand) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "VRAM_OPTIMIZATION.md").read_text(encoding="utf-8")
+    assert isinstance(demand.checkpoint, Headers)
+    for multiprocessors, gigabytes in GUIDE:
+        assert guide_row(demand.checkpoint, multiprocessors, gigabytes) in text, "run: python -m tests.memory_support"
+    weights = text.split("## Weights by strategy")[1].split("\n## ")[0]
+    for name, estimated in demand.estimator.compare_strategies().items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", weights, flags=re.MULTILINE)
+        assert f"| {estimated.at('t3') / MIB:,.1f} |" in row
+        assert f"| {estimated.at('vocoder') / MIB:,.1f} |" in row

@@ -1,0 +1,277 @@
+"""``chatterbox-vllm eval``: equal methods are equal, coarser ones are farther, and what is broken is noticed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatterbox_vllm import evaluate
+from chatterbox_vllm.checkpoint import DEMO_MARKER, Checkpoint
+from chatterbox_vllm.errors import ConfigurationError, InvalidRequest, MissingDependency
+from chatterbox_vllm.evaluate.compare import divergence, summary
+from chatterbox_vllm.evaluate.methods import contender, quantize
+from chatterbox_vllm.evaluate.report import RANDOM
+from chatterbox_vllm.evaluate.sound import Recogniser, edits, words
+from chatterbox_vllm.evaluate.t3 import PlainT3, read_t3
+from chatterbox_vllm.quantization.packing import Stored
+from chatterbox_vllm.t3.conversion import encoded, write
+from chatterbox_vllm.t3.folder import infer_config
+from chatterbox_vllm.types import STOP_SPEECH, SpeechOptions
+from tests.t3_reference import requests, upstream_tokens
+
+TOKENS = 30
+needs_nf4 = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+
+
+@pytest.fixture
+def compare(demo: Checkpoint, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command on one short text; its JSON, with what it printed under ``printed``."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Hello there.\n\n", encoding="utf-8")
+
+    def run(method: str | Path, *more: object, model: Path = demo.folder) -> dict[str, Any]:
+        file = tmp_path / "figures.json"
+        options = ["--model", model, "--method", method, "--texts", texts, "--max-tokens", TOKENS, "--steps", 2]
+        assert evaluate.main([*map(str, options), "--device", "cpu", "--json", str(file), *map(str, more)]) == 0
+        return json.loads(file.read_text(encoding="utf-8")) | {"printed": capsys.readouterr().out}
+
+    return run
+
+
+@pytest.fixture
+def copy(demo: Checkpoint, tmp_path: Path) -> Checkpoint:
+    """The demo checkpoint in a folder of its own."""
+    from chatterbox_vllm.checkpoint import locate
+
+    return locate(shutil.copytree(demo.folder, tmp_path / "copy"))
+
+
+# --- the command
+
+
+def test_equal_methods_are_equal(compare: Any) -> None:
+    found = compare("none")
+    figures = found["summary"]
+    assert figures["divergence"] == figures["mel_db"] == [0.0, 0.0]
+    assert figures["agreement"] == 1.0
+    assert figures["a_to_b"] == pytest.approx(1.0, abs=1e-6)
+    assert figures["a_to_voice"] == figures["b_to_voice"]
+    assert figures["wrong_a"] is None
+    assert len(found["texts"][0]["divergence"]) in {TOKENS, found["texts"][0]["tokens"] + 1}
+
+
+@needs_nf4
+def test_four_bits_are_farther_than_eight(compare: Any) -> None:
+    eight, four = compare("int8"), compare("bnb-4bit")
+    for figure in ("divergence", "mel_db"):
+        assert 0.0 < eight["summary"][figure][0] < four["summary"][figure][0] / 3
+    assert four["summary"]["agreement"] < eight["summary"]["agreement"] <= 1.0
+    assert four["a"] == {"checkpoint": four["b"]["checkpoint"], "t3": "bnb-4bit"} | dict.fromkeys(
+        ("flow_encoder", "estimator"), "bnb-4bit"
+    ) | {"voice_encoder": "none"}
+
+
+def test_a_broken_weight_is_noticed(compare: Any, copy: Checkpoint) -> None:
+    """One matrix of T3, and one of the vocoder, with the wrong sign: far beyond what rounding does."""
+    rounding = compare("int8")["summary"]
+    for file, key in (
+        (copy.t3, "tfmr.layers.1.mlp.down_proj.weight"),
+        (copy.s3gen, "flow.decoder.estimator.mid_blocks.0.1.0.ff.net.2.weight"),
+    ):
+        tensors = load_file(file)
+        save_file({**tensors, key: -tensors[key]}, file)
+    broken = compare(copy.folder)["summary"]
+    for figure in ("divergence", "mel_db"):
+        assert broken[figure][0] > 10 * rounding[figure][0]
+
+
+def test_random_weights_are_said_to_be_random(compare: Any, copy: Checkpoint) -> None:
+    assert compare("none")["printed"].endswith(f"{RANDOM}\n")
+    (copy.folder / DEMO_MARKER).unlink()
+    trained = compare("none", model=copy.folder)
+    assert RANDOM not in trained["printed"]
+    assert not trained["random_weights"]
+
+
+def test_what_cannot_be_compared_is_refused(demo: Checkpoint, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n", encoding="utf-8")
+    options = ["--model", str(demo.folder), "--method"]
+    for arguments, told in (
+        (["awq"], "chatterbox-vllm quantize"),
+        (["auto"], "choose none"),
+        (["none", "--against", "gptq"], "--against gptq: choose none, bnb-4bit"),
+        (["none", "--texts", str(empty)], "write a text on each line"),
+        (["none", "--plot", "x.txt"], "--plot must end in"),
+    ):
+        with pytest.raises(ConfigurationError, match=told):
+            evaluate.main([*options, *arguments])
+    with pytest.raises(InvalidRequest):
+        evaluate.main([*options, "none", "--max-tokens", "0"])
+
+
+def test_a_plot_without_matplotlib_is_refused_at_once(demo: Checkpoint) -> None:
+    if find_spec("matplotlib") is not None:
+        pytest.skip("matplotlib is here")
+    with pytest.raises(MissingDependency, match="pip install matplotlib"):
+        evaluate.main(["--model", str(demo.folder), "--method", "none", "--plot", "x.png"])
+
+
+def test_a_plot(compare: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    compare("int8", "--plot", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+# --- T3
+
+
+def test_plain_t3_says_upstream_s_tokens(demo: Checkpoint) -> None:
+    """Greedy, with mixed guidance weights, exaggerations and lengths; and it finds each of them the likeliest."""
+    asked, plain = requests(5, 704), PlainT3(read_t3(demo.t3), demo.t3, "none")
+    theirs = upstream_tokens(demo.t3, asked, TOKENS)
+    for request, tokens in zip(asked, theirs, strict=True):
+        options = SpeechOptions(
+            temperature=0.0, max_tokens=TOKENS, cfg_weight=request.cfg_weight, exaggeration=request.exaggeration
+        )
+        assert plain.speak(request.text, request.voice, options) == tokens
+        plainest = plain.speak(request.text, request.voice, options.but(repetition_penalty=1.0))
+        found = plain.log_probabilities(request.text, request.voice, options, plainest)
+        assert found.exp().sum(-1).allclose(torch.ones(len(plainest), dtype=torch.float64))
+        assert found.argmax(-1).tolist() == [min(token, STOP_SPEECH - 1) for token in plainest]
+
+
+def test_speech_ends_by_itself_and_by_its_seed(demo: Checkpoint) -> None:
+    request, plain = requests(1, 704)[0], PlainT3(read_t3(demo.t3), demo.t3, "none")
+    first, again, other = (plain.speak(request.text, request.voice, SpeechOptions(seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert first[-1] == STOP_SPEECH
+    assert STOP_SPEECH not in first[:-1]
+    count = len(first) + 5
+    endless = plain.speak(request.text, request.voice, SpeechOptions(seed=1, max_tokens=count), can_end=False)
+    assert len(endless) == count
+    assert STOP_SPEECH not in endless
+
+
+@pytest.mark.parametrize("method", ["int8", "bnb-8bit"])
+def test_a_quantised_file_is_what_its_method_makes(
+    demo: Checkpoint, copy: Checkpoint, method: str, tmp_path: Path
+) -> None:
+    """The rows that vLLM will load, against the rows that are made here from the original."""
+    tensors, stored = load_file(demo.t3), Stored(method)
+    write(copy.t3, encoded(tensors.items(), stored, infer_config(demo.t3)), stored)
+    request, options = requests(1, 704)[0], SpeechOptions(seed=1, max_tokens=TOKENS)
+    whole = PlainT3(read_t3(demo.t3), demo.t3, "none")
+    tokens = whole.speak(request.text, request.voice, options)
+    exact, made, found = (
+        t3.log_probabilities(request.text, request.voice, options, tokens)
+        for t3 in (
+            whole,
+            PlainT3(read_t3(demo.t3), demo.t3, method),
+            PlainT3(read_t3(copy.t3), copy.t3, contender(str(copy.folder), demo, "--method").policy.t3),
+        )
+    )
+    assert 0.0 <= float(divergence(made, found).mean()) < float(divergence(exact, made).mean()) / 1000
+
+
+def test_a_quantised_file_has_its_method(demo: Checkpoint, copy: Checkpoint) -> None:
+    stored = Stored("int8")
+    write(copy.t3, encoded(load_file(demo.t3).items(), stored, infer_config(demo.t3)), stored)
+    assert contender("none", copy, "--method").policy.t3 == "int8"
+    with pytest.raises(ConfigurationError, match="is int8 already"):
+        contender("bnb-8bit", copy, "--method")
+
+
+# --- methods
+
+
+def test_rounding_is_the_kernels() -> None:
+    """What stands for vLLM's dynamic int8 and float8: rows that do not see each other, errors of the right size."""
+    draw = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(64, 128, generator=draw), torch.randn(10, 128, generator=draw)
+    louder = torch.cat([inputs, 100 * inputs])
+    exact = inputs @ weight.T
+    for method, least, most in (("int8", 0.005, 0.02), ("fp8", 0.02, 0.05), ("bnb-8bit", 0.003, 0.01)):
+        module = torch.nn.Sequential(torch.nn.Linear(128, 64, bias=False))
+        module[0].weight.data = weight.clone()
+        quantize(module, method)
+        found = module(inputs)
+        assert least < float((found - exact).norm() / exact.norm()) < most
+        assert module(louder)[:10].allclose(found, atol=1e-5)
+
+
+def test_profiles_and_strategies_are_known(demo: Checkpoint, tmp_path: Path) -> None:
+    profile = tmp_path / "mine.toml"
+    profile.write_text('t3 = "int8"\n', encoding="utf-8")
+    assert contender(str(profile), demo, "--method").policy.methods["t3"] == "int8"
+    assert contender("mixed", demo, "--method").policy.t3 == "bnb-4bit"
+    assert contender("fp8", demo, "--method").policy.estimator == "none"
+
+
+# --- what is heard
+
+
+def test_words_and_edits() -> None:
+    assert words("Don’t stop, he said: 3 times!") == ["don’t", "stop", "he", "said", "3", "times"]
+    assert words("你好，世界", "zh") == ["你", "好", "世", "界"]
+    assert edits("kitten", "sitting") == 3
+    assert edits(["a", "b"], []) == edits([], ["a", "b"]) == 2
+    assert edits(["a", "b", "c"], ["a", "c"]) == 1
+
+
+def test_a_recogniser_counts_words(compare: Any, tmp_path: Path) -> None:
+    """A tiny one, of random weights: it hears something, or nothing, but not what was said."""
+    folder = _recogniser(tmp_path / "asr")
+    found = compare("none", "--asr", folder)
+    assert found["summary"]["wrong_a"] == found["summary"]["wrong_b"] > 0.0
+    assert found["texts"][0]["heard_a"]["count"] == 2
+    assert "words not understood" in found["printed"]
+
+
+def test_a_recogniser_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="openai/whisper-small"):
+        Recogniser(str(tmp_path))
+
+
+def _recogniser(folder: Path) -> Path:
+    from transformers import Wav2Vec2Config, Wav2Vec2CTCTokenizer, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC
+
+    folder.mkdir()
+    symbols = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'"]
+    vocabulary = folder / "vocab.json"
+    vocabulary.write_text(json.dumps({symbol: index for index, symbol in enumerate(symbols)}), encoding="utf-8")
+    config = Wav2Vec2Config(
+        vocab_size=len(symbols),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    Wav2Vec2ForCTC(config).save_pretrained(folder)
+    Wav2Vec2CTCTokenizer(str(vocabulary)).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor().save_pretrained(folder)
+    return folder
+
+
+def test_summaries_weigh_by_tokens() -> None:
+    from chatterbox_vllm.evaluate.compare import Heard, OfText
+
+    def one(nats: list[float], agreement: float, wrong: int, count: int, cosine: float | None) -> OfText:
+        heard = Heard("", wrong, count)
+        return OfText("x", len(nats), nats, agreement, 1.0, cosine, cosine, 0.5, heard, heard)
+
+    found = summary([one([1.0] * 3, 1.0, 0, 9, None), one([5.0], 0.0, 1, 1, 0.25)])
+    assert found.divergence[0] == 2.0
+    assert found.agreement == 0.75
+    assert found.wrong_a == 0.1
+    assert found.a_to_b == 0.25

@@ -1,0 +1,130 @@
+"""How a policy and a budget become what is loaded, and what happens where a strategy does not work."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from chatterbox_vllm import loading
+from chatterbox_vllm.checkpoint import Checkpoint
+from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
+from chatterbox_vllm.loading import Setup, load, settled
+from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy
+from chatterbox_vllm.vocoder.guest import GuestHost
+from chatterbox_vllm.vocoder.host import ProcessHost, ThreadHost
+
+
+@pytest.fixture
+def setup(demo: Checkpoint) -> Setup:
+    return Setup(
+        demo,
+        STRATEGIES["aggressive"],
+        on_gpu=True,
+        device="cuda",
+        vocoder_devices=["cuda"],
+        vocoder_process=None,
+        vocoder_dtype=None,
+        t3={"max_model_len": 640},
+    )
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, error: Exception, *methods: str) -> list[str | None]:
+    """Has loading fail for these methods of T3; the strategies that were tried."""
+    tried = []
+
+    async def loaded(setup: Setup) -> Any:
+        tried.append(setup.policy.strategy)
+        if setup.policy.t3 in methods:
+            raise error
+        return setup
+
+    monkeypatch.setattr(loading, "_loaded", loaded)
+    return tried
+
+
+MISSING = MissingDependency("bitsandbytes", purpose="for bnb-4bit", command="pip install bitsandbytes")
+
+
+def test_a_strategy_that_does_not_work_gives_way_to_a_weaker_one(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried = broken(monkeypatch, MISSING, "bnb-4bit")
+    done, _ = asyncio.run(load(settled(setup), strict=False))
+    assert tried == ["aggressive", "mixed", "conservative"]
+    assert done.policy == STRATEGIES["conservative"]
+    assert "the strategy aggressive does not work here: bitsandbytes is needed" in caplog.text
+    assert "loading with mixed" in caplog.text
+
+
+def test_when_nothing_is_quantised_any_more_the_error_is_told(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = broken(monkeypatch, EngineError("no card"), "bnb-4bit", "int8", "none")
+    with pytest.raises(EngineError, match="no card"):
+        asyncio.run(load(settled(setup), strict=False))
+    assert tried == ["aggressive", "mixed", "conservative", "none"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "strict", "error"),
+    [
+        (STRATEGIES["aggressive"], True, MISSING),
+        (Policy(t3="bnb-4bit"), False, MISSING),
+        (STRATEGIES["aggressive"], False, ConfigurationError("max_model_len is odd", param="max_model_len")),
+    ],
+    ids=["strict", "a method by name", "another mistake"],
+)
+def test_else_it_is_tried_once(
+    setup: Setup, policy: Policy, strict: bool, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = broken(monkeypatch, error, "bnb-4bit")
+    with pytest.raises(type(error)):
+        asyncio.run(load(settled(replace(setup, policy=policy)), strict=strict))
+    assert len(tried) == 1
+
+
+def test_a_cpu_has_no_budget_and_no_need_of_a_strategy(setup: Setup) -> None:
+    cpu = replace(setup, on_gpu=False, device="cpu", vocoder_devices=["cpu"])
+    with pytest.raises(ConfigurationError, match="vram_budget is a GPU's"):
+        settled(replace(cpu, budget=2**31))
+    assert settled(replace(cpu, policy=Policy(strategy="auto"))).policy == NONE
+    assert settled(cpu).policy.t3 == "int8"
+
+
+def test_a_budget_becomes_arguments(setup: Setup) -> None:
+    small = settled(replace(setup, t3={"max_model_len": 640, "max_num_seqs": 1}, budget=2 * 2**30))
+    assert small.plan is not None
+    assert small.plan.total <= 2 * 2**30
+    assert small.t3["kv_cache_memory_bytes"] > 0
+    assert small.t3["max_num_seqs"] == 1
+    assert small.max_frames is not None
+
+
+def test_a_budget_that_is_too_small_is_refused_with_the_missing_bytes(setup: Setup) -> None:
+    with pytest.raises(ConfigurationError, match=r"too small .*nothing was loaded") as refusal:
+        settled(replace(setup, budget=100 * 2**20))
+    assert refusal.value.param == "vram_budget"
+    assert "what would fit:\n  vram_budget=" in str(refusal.value)
+
+
+def test_a_budget_and_what_it_decides_are_not_given_both(setup: Setup) -> None:
+    with pytest.raises(ConfigurationError, match="kv_cache_memory_bytes is what vram_budget decides"):
+        settled(replace(setup, t3={"max_model_len": 640, "kv_cache_memory_bytes": 2**28}, budget=2**32))
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "devices", "own", "host"),
+    [
+        (True, ["cuda"], None, ProcessHost),
+        (True, ["cuda"], False, GuestHost),
+        (True, ["cuda:1"], False, ThreadHost),
+        (True, ["cpu"], None, ThreadHost),
+        (False, ["cpu"], None, ThreadHost),
+        (False, ["cpu"], True, ProcessHost),
+        (True, ["cuda:0", "cuda:1"], None, ProcessHost),
+    ],
+)
+def test_where_the_vocoder_runs(setup: Setup, on_gpu: bool, devices: list[str], own: bool | None, host: type) -> None:
+    placed = replace(setup, on_gpu=on_gpu, vocoder_devices=devices, vocoder_process=own)
+    assert placed.host is host

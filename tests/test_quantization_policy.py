@@ -1,0 +1,119 @@
+"""Five spellings, one policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.quantization.policy import COMPONENTS, KEPT, STRATEGIES, Given, Policy, resolve
+
+
+def resolved(**spellings: Any) -> Policy:
+    return resolve({name: Given(value, name) for name, value in spellings.items()})
+
+
+@pytest.mark.parametrize(
+    ("spellings", "t3", "estimator", "voice_encoder"),
+    [
+        ({}, "none", "none", "none"),
+        ({"quantization": None}, "none", "none", "none"),
+        ({"quantization": "bitsandbytes"}, "bnb-4bit", "none", "none"),
+        ({"quantization": "gptq"}, "gptq", "none", "none"),
+        ({"use_bnb_quantization": True}, "bnb-8bit", "none", "none"),
+        ({"use_bnb_quantization": False}, "none", "none", "none"),
+        ({"use_quantization": True}, "bnb-4bit", "none", "none"),
+        ({"use_quantization": True, "quantization_method": "awq"}, "awq", "none", "none"),
+        (
+            {"use_quantization": True, "quantization_method": "bnb-8bit", "quantize_s3gen": True},
+            "bnb-8bit",
+            "bnb-8bit",
+            "none",
+        ),
+        ({"quantization_method": "awq", "quantize_s3gen": True}, "awq", "bnb-4bit", "none"),
+        ({"quantize_s3gen": True, "quantize_voice_encoder": True}, "none", "bnb-4bit", "bnb-4bit"),
+        ({"quantize_s3gen": True, "quantization": "int8"}, "int8", "int8", "none"),
+        ({"quantization_strategy": "mixed"}, "bnb-4bit", "bnb-8bit", "none"),
+        ({"quantization_strategy": "mixed", "quantization": "bitsandbytes"}, "bnb-4bit", "bnb-8bit", "none"),
+        ({"use_int8_quantization": True}, "int8", "int8", "none"),
+        ({"use_int8_quantization": False, "quantization": "fp8"}, "fp8", "none", "none"),
+    ],
+)
+def test_every_spelling(spellings: dict[str, Any], t3: str, estimator: str, voice_encoder: str) -> None:
+    policy = resolved(**spellings)
+    assert (policy.t3, policy.flow_encoder, policy.estimator, policy.voice_encoder) == (
+        t3,
+        estimator,
+        estimator,
+        voice_encoder,
+    )
+    assert policy.is_quantized == (t3 != "none" or estimator != "none")
+
+
+@pytest.mark.parametrize(
+    ("spellings", "told"),
+    [
+        ({"use_bnb_quantization": True, "quantization": "bitsandbytes"}, "quantization=bitsandbytes and use_bnb_"),
+        ({"use_quantization": False, "quantization_strategy": "mixed"}, "use_quantization=false and quantization_str"),
+        ({"use_int8_quantization": True, "quantization_strategy": "mixed"}, "use_int8_quantization=true and quant"),
+        ({"quantization": None, "use_quantization": True}, "quantization=none and use_quantization=true disagree"),
+        ({"quantization_strategy": "bold"}, "quantization_strategy=bold is no strategy; there are none, conservative"),
+        ({"estimator_quantization": "awq"}, "estimator cannot be awq; it can be bnb-4bit, bnb-8bit, int8, none"),
+        ({"quantization": 4}, "quantization must be one of none, bnb-4bit"),
+        ({"quantization_method": "awq"}, "quantization_method=awq has no effect without use_quantization"),
+    ],
+)
+def test_contradictions_and_nonsense_are_named(spellings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        resolved(**spellings)
+    assert str(caught.value).startswith(told)
+
+
+def test_a_profile_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('t3 = "bitsandbytes"\nestimator = "bnb-8bit"\n')
+    policy = resolved(quantization_profile=file)
+    assert policy == Policy("bnb-4bit", "none", "bnb-8bit", "none", strategy="mine")
+    (tmp_path / "mine.json").write_text('{"t3": "fp8"}')
+    assert Policy.from_file(tmp_path / "mine.json").t3 == "fp8"
+    for content, told in (
+        ("hift = 'bnb-4bit'", "hift is no component; there are t3"),
+        ("t3 =", "is no quantisation profile"),
+        ("t3 = 4", "t3 must be one of"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ConfigurationError, match=told):
+            Policy.from_file(file)
+    with pytest.raises(ConfigurationError, match="is no quantisation profile"):
+        Policy.from_file(tmp_path / "absent.toml")
+
+
+def test_a_strategy_falls_back_step_by_step() -> None:
+    names = []
+    policy: Policy | None = STRATEGIES["aggressive"]
+    while policy is not None:
+        names.append(policy.strategy)
+        policy = policy.weaker()
+    assert names == ["aggressive", "mixed", "conservative", "none"]
+    assert resolved(quantization="bnb-4bit").weaker() is None, "who names a method wants that one"
+
+
+def test_a_cpu_has_int8_in_place_of_a_strategy_s_methods(caplog: pytest.LogCaptureFixture) -> None:
+    assert STRATEGIES["aggressive"].on_cpu().methods == dict.fromkeys(COMPONENTS, "int8")
+    assert "needs an NVIDIA GPU; on this CPU its parts are int8" in caplog.text
+    assert resolved(use_int8_quantization=True).on_cpu().t3 == "int8"
+    with pytest.raises(ConfigurationError, match=r"bnb-8bit \(t3\) needs an NVIDIA GPU"):
+        resolved(use_bnb_quantization=True).on_cpu()
+
+
+def test_one_word_for_a_policy() -> None:
+    assert resolved().method == "none"
+    assert resolved(use_int8_quantization=True).method == "int8"
+    assert resolved(quantization_strategy="mixed").method == "mixed"
+
+
+def test_what_is_kept_has_a_reason() -> None:
+    assert {"embeddings", "speech head", "hift", "f0 predictor", "norms and biases"} <= set(KEPT)
+    assert all(reason for reason in KEPT.values())

@@ -1,0 +1,228 @@
+"""T3 in few bits through vLLM's CPU build; and what of it can be checked without a GPU."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from chatterbox_vllm.checkpoint import Checkpoint, load_tensors, resolve
+from chatterbox_vllm.convert import quantize
+from chatterbox_vllm.errors import ConfigurationError, MissingDependency
+from chatterbox_vllm.quantization.packing import Stored
+from chatterbox_vllm.t3 import conversion, methods
+from chatterbox_vllm.t3.config import T3Config
+from chatterbox_vllm.t3.conversion import converted, linear_layers
+from chatterbox_vllm.t3.folder import infer_config
+from chatterbox_vllm.t3.footprint import T3Footprint
+from chatterbox_vllm.t3.launch import engine_arguments, frugal, launch
+from chatterbox_vllm.t3.methods import effective_method, method_arguments
+from chatterbox_vllm.types import SpeechOptions
+from tests.t3_reference import InProcessT3, assert_same, requests
+
+# Later, a greedy choice between two that are as good may fall otherwise: products round differently.
+GREEDY = SpeechOptions(temperature=0.0, repetition_penalty=1.2, max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def awq(demo: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    out = tmp_path_factory.mktemp("awq") / "out"
+    quantize(demo, out, texts=["Hello there."], tokens=8)
+    return resolve(out)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """vLLM's platform as a GPU of the capability in the list."""
+    capability = [90]
+    monkeypatch.setattr(methods.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(
+        methods.current_platform, "has_device_capability", lambda least, device_id=0: capability[0] >= least
+    )
+    return capability
+
+
+def decoded(path: Path, target: Path) -> Path:
+    """The quantised T3 file as a plain one, of the matrices that its tensors stand for."""
+    stored, tensors = Stored.of(path), load_file(path)
+    for stem, size in linear_layers(infer_config(path)).items():
+        whole = stored.decode(stem, tensors)
+        for name in stored.shapes(stem, *size):
+            del tensors[name]
+        tensors[f"{stem}.weight"] = whole
+    save_file(tensors, target)
+    return target
+
+
+def test_8_bit_methods_speak_as_their_decoded_weights(demo: Checkpoint, cache: Path, tmp_path: Path) -> None:
+    """Both round a row alike. LLM.int8 is for GPUs, but its plugin loads and computes here, too."""
+    config, asked = infer_config(demo.t3), requests(8, 704)
+    path = converted(demo.t3, "int8", config, cache)
+    theirs = InProcessT3(decoded(path, tmp_path / "t3.safetensors"), cache).tokens(asked, GREEDY)
+    assert_same(InProcessT3(path, cache).tokens(asked, GREEDY), theirs)
+    pytest.importorskip("vllm_bnb_plugin")
+    path = converted(demo.t3, "bnb-8bit", config, cache)
+    ours = InProcessT3(path, cache).tokens(asked, GREEDY)  # in bfloat16, whatever the engine's dtype is
+    assert_same([tokens[:2] for tokens in ours], [tokens[:2] for tokens in theirs])
+
+
+def test_awq_speaks_as_its_decoded_weights(awq: Checkpoint, cache: Path, tmp_path: Path) -> None:
+    asked = requests(8, 704)
+    arguments = method_arguments("awq", infer_config(awq.t3), {})
+    assert arguments == {"dtype": "bfloat16"}
+    ours = InProcessT3(awq.t3, cache, **arguments).tokens(asked, GREEDY)
+    plain = decoded(awq.t3, tmp_path / "t3.safetensors")
+    theirs = InProcessT3(plain, cache, **arguments).tokens(asked, GREEDY)
+    assert_same(ours, theirs)
+
+
+def test_launch_converts_once_and_measures(demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "write", counted := Counted(conversion.write))
+
+    async def measured() -> tuple[str, T3Footprint, int]:
+        t3 = await asyncio.to_thread(
+            launch, demo.t3, cache=tmp_path, method="int8", max_model_len=256, max_num_seqs=2, dtype="float32"
+        )
+        try:
+            request = requests(2, 704)[0]
+            spoken = [i async for new in t3.tokens(request.text, request.voice, GREEDY, incremental=False) for i in new]
+            return t3.method, await t3.footprint(), len(spoken)
+        finally:
+            t3.shutdown()
+
+    method, footprint, spoken = asyncio.run(measured())
+    assert (method, spoken) == ("int8", GREEDY.max_tokens)
+    config = infer_config(demo.t3)
+    sizes = linear_layers(config).values()
+    elements, rows = sum(n * k for n, k in sizes), sum(n for n, _ in sizes)
+    assert footprint.linear_before == 4 * elements
+    assert elements < footprint.linear <= elements + 8 * rows  # a scale and oneDNN's sum, a row
+    assert footprint.layers == 4 * config.num_hidden_layers
+    tensors = load_tensors(demo.t3)
+    names = ("text_emb", "speech_emb", "speech_head", "text_pos_emb.emb", "speech_pos_emb.emb")
+    embeddings = sum(tensors[f"{name}.weight"].nbytes for name in names)
+    assert footprint.embeddings == pytest.approx(embeddings, rel=0.01)  # vLLM pads the head to 8256 rows
+    assert footprint.weights == footprint.linear + footprint.embeddings + footprint.rest
+    assert (footprint.allocated, footprint.peak) == (0, 0)
+    converted(demo.t3, "int8", config, tmp_path)
+    assert counted.calls == 1
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def test_a_changed_file_is_converted_anew(demo: Checkpoint, tmp_path: Path) -> None:
+    source = tmp_path / "t3_cfg.safetensors"
+    source.write_bytes(demo.t3.read_bytes())
+    config = infer_config(source)
+    first = converted(source, "int8", config, tmp_path)
+    assert converted(source, "int8", config, tmp_path) == first
+    assert converted(source, "bnb-8bit", config, tmp_path) != first
+    save_file({**load_file(source), "speech_head.weight": torch.zeros(8194, 128)}, source)
+    second = converted(source, "int8", config, tmp_path)
+    assert second != first
+    assert not load_file(second)["speech_head.weight"].any()
+
+
+def test_a_failed_conversion_leaves_nothing(demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(conversion, "save_file", broken)
+    with pytest.raises(ConfigurationError, match="No space left"):
+        converted(demo.t3, "int8", infer_config(demo.t3), tmp_path)
+    assert list((tmp_path / "t3-quantized").iterdir()) == []
+
+
+def test_the_checkpoint_knows_its_method(demo: Checkpoint, awq: Checkpoint) -> None:
+    assert effective_method(Stored.of(awq.t3), "none") == "awq"
+    assert effective_method(Stored.of(awq.t3), "awq") == "awq"
+    assert effective_method(Stored.of(demo.t3), "none") == "none"
+    with pytest.raises(ConfigurationError, match="int8, but this checkpoint's T3 is awq already"):
+        effective_method(Stored.of(awq.t3), "int8")
+    with pytest.raises(ConfigurationError, match="chatterbox-vllm quantize MODEL OUT --method awq"):
+        effective_method(Stored.of(demo.t3), "awq")
+
+
+@pytest.mark.parametrize(
+    ("method", "capability", "arguments"),
+    [
+        ("none", 90, {}),
+        ("bnb-4bit", 75, {"quantization": "bitsandbytes"}),
+        ("bnb-8bit", 90, {"enforce_eager": True}),
+        ("int8", 90, {}),
+        ("int8", 100, {"linear_backend": "triton"}),
+        ("fp8", 89, {"quantization": "fp8_per_channel"}),
+        ("fp8", 86, {"quantization": "fp8_per_tensor"}),
+        ("mxfp8", 90, {"quantization": "mxfp8"}),
+    ],
+)
+def test_what_a_method_asks_of_vllm(
+    gpu: list[int], monkeypatch: pytest.MonkeyPatch, method: str, capability: int, arguments: dict[str, Any]
+) -> None:
+    gpu[0] = capability
+    monkeypatch.setattr(methods, "find_spec", lambda name: name)
+    assert method_arguments(method, T3Config(), {}) == arguments
+
+
+@pytest.mark.parametrize("method", ["bnb-4bit", "bnb-8bit", "fp8"])
+def test_methods_that_need_a_gpu(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods.current_platform, "is_cpu", lambda: True)
+    with pytest.raises(ConfigurationError, match=f"quantization={method} needs an NVIDIA GPU"):
+        method_arguments(method, T3Config(), {})
+
+
+@pytest.mark.parametrize("absent", ["vllm_bnb_plugin", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["bnb-4bit", "bnb-8bit"])
+@pytest.mark.usefixtures("gpu")
+def test_bitsandbytes_needs_packages(absent: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "find_spec", lambda name: None if name == absent else name)
+    with pytest.raises(MissingDependency, match="pip install 'vllm-bnb-plugin"):
+        method_arguments(method, T3Config(), {})
+
+
+@pytest.mark.usefixtures("gpu")
+def test_contradictions_are_named(awq: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "find_spec", lambda name: name)
+    config = infer_config(awq.t3)
+    with pytest.raises(ConfigurationError, match="bnb-8bit and tensor_parallel_size=2 exclude each other"):
+        method_arguments("bnb-8bit", config, {"tensor_parallel_size": 2})
+    with pytest.raises(ConfigurationError, match="tensor_parallel_size=2 cuts through this checkpoint's groups of 128"):
+        method_arguments("awq", config, {"tensor_parallel_size": 2})
+    for method in ("bnb-4bit", "int8", "awq", "fp8"):
+        with pytest.raises(ConfigurationError, match="needs dtype=bfloat16 or float16"):
+            method_arguments(method, config, {"dtype": "float32"})
+    assert method_arguments("int8", config, {"tensor_parallel_size": 2}) == {}
+    assert method_arguments("bnb-4bit", config, {"tensor_parallel_size": 2}) == {"quantization": "bitsandbytes"}
+    with pytest.raises(ConfigurationError, match="is launch's method"):
+        engine_arguments(config, {"quantization": "bitsandbytes"})
+
+
+def test_frugal_captures_few_graphs() -> None:
+    assert frugal(1, 600)["cudagraph_capture_sizes"] == [1]
+    assert frugal(8, 600)["cudagraph_capture_sizes"] == [1, 2, 4, 8]
+    assert frugal(20, 600)["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 20]
+    assert frugal(300, 600)["max_num_batched_tokens"] >= 300
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_cache_in_bytes_is_not_compared_with_a_share_of_the_card(demo: Checkpoint) -> None:
+    config = infer_config(demo.t3)
+    given = {**frugal(2, 600), "kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.5}
+    arguments = engine_arguments(config, given)
+    assert arguments["gpu_memory_utilization"] < 0.01
+    assert arguments["kv_cache_memory_bytes"] == 1 << 28
+    assert engine_arguments(config, {"gpu_memory_utilization": 0.5})["gpu_memory_utilization"] == 0.5
