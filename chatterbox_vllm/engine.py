@@ -129,7 +129,8 @@ class AsyncChatterbox:
                 checked before anything is loaded. It takes the place of ``gpu_memory_utilization``.
             device: where vocoder and enrolment run; default: vLLM's device.
             vocoder_device: another one for the vocoder, or several with commas between them, a worker for each.
-            vocoder_process: whether each worker is a process of its own; default: on a GPU. False takes less memory.
+            vocoder_process: whether each worker is a process of its own; default: on a GPU. There, False puts it into
+                T3's, which takes less memory.
             vocoder_dtype: "float32", "bfloat16" or "float16" for the vocoder's estimator; "auto" is float32 on a CPU,
                 and on a GPU the half precision that it has.
             mps: run NVIDIA's Multi-Process Service, so that T3 and the vocoder use one GPU at the same time.

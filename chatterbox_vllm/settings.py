@@ -145,7 +145,9 @@ class Settings(BaseModel):
         None, min_length=1, description="another device for the vocoder; several, as cuda:0,cuda:1, are a worker each"
     )
     vocoder_process: bool | None = Field(
-        None, description="vocoder in a process of its own; on a GPU if unset; false takes less memory"
+        None,
+        description="vocoder in a process of its own; on a GPU if unset; false, there, in T3's, without a CUDA context "
+        "of its own",
     )
     vocoder_dtype: Dtype = Field(
         "auto", description="the vocoder's number format; auto is float32 on a CPU, half precision on a GPU"
@@ -403,6 +405,8 @@ def _one_spelling(layer: _Layer, everywhere: _Layer) -> _Layer:
             given.pop("quantization_method", None)
     elif method is not None:
         given["quantization_method"] = Given(*method)
+    elif "use_quantization" not in given and "quantization" in everywhere:
+        given["quantization"] = Given(*everywhere["quantization"])  # the vocoder's method is T3's, where it can be
     methods, strategy = claims(given)
     named = next((given[name].origin for name in SPELLINGS if name in given), "")
     said = {FIELDS[component]: _Value(value, named) for component, value in methods.items()}

@@ -117,6 +117,8 @@ def test_a_higher_source_decides_about_quantisation() -> None:
     assert loaded(environment={"CHATTERBOX_USE_QUANTIZATION": "false"}, deployment=deployment).policy.t3 == "none"
     assert loaded({"use_quantization": False}, {"CHATTERBOX_QUANTIZATION": "fp8"}).policy.t3 == "none"
     assert loaded({"use_quantization": True}, {"CHATTERBOX_QUANTIZATION_METHOD": "bnb-8bit"}).policy.t3 == "bnb-8bit"
+    beside = loaded({"quantize_s3gen": True}, {"CHATTERBOX_QUANTIZATION": "bnb-8bit"}).policy
+    assert (beside.t3, beside.estimator) == ("bnb-8bit", "bnb-8bit")
     assert loaded({"quantization_strategy": "auto"}, {"CHATTERBOX_QUANTIZATION": "fp8"}).policy.strategy == "auto"
 
 

@@ -92,6 +92,7 @@ def _serve(end: socket.socket) -> None:
     if device.type == "cpu":
         served(load, channel)
     else:
+        torch.set_num_threads(1)  # see ``process.main``; T3 computes nothing on the CPU that more would help
         with torch.cuda.stream(torch.cuda.Stream(device)):  # not T3's, so that neither waits for the other's kernels
             served(load, channel)
     channel.close()
