@@ -182,16 +182,17 @@ class AsyncChatterbox:
         )
         setup = await asyncio.to_thread(settled, setup)
         # What takes no time comes first, so that its errors do, too.
-        voices = VoiceLibrary(
-            checkpoint, folder=voices_dir, device=setup.device, voice_encoder=setup.policy.voice_encoder
-        )
+        voices = _voices(setup, voices_dir)
         await asyncio.to_thread(voices.check)
         tokenizer = await asyncio.to_thread(load_tokenizer, checkpoint)
         watermarker = await asyncio.to_thread(Watermarker) if watermark else None
         # Beside T3's loading, which leaves this process idle.
         warming = asyncio.ensure_future(asyncio.to_thread(_warm_up, watermarker, voices))
-        setup, stages = await load(setup, strict=strict_quantization)
+        loaded, stages = await load(setup, strict=strict_quantization)
         await warming
+        if loaded.policy != setup.policy:
+            voices = _voices(loaded, voices_dir)
+        setup = loaded
         # A checkpoint that is quantised already says by which method.
         setup = replace(setup, policy=replace(setup.policy, t3=stages.t3.method))
         components = components_of(setup, await stages.t3.footprint(), stages.vocoder.footprints)
@@ -450,6 +451,11 @@ def _weights(vocoder: VocoderFootprint) -> int:
 
 def _kept(footprint: Any, *names: str) -> dict[str, int]:
     return {name: getattr(footprint, name) for name in names}
+
+
+def _voices(setup: Setup, folder: Path | None) -> VoiceLibrary:
+    method = setup.policy.voice_encoder
+    return VoiceLibrary(setup.checkpoint, folder=folder, device=setup.device, voice_encoder=method)
 
 
 def _warm_up(watermarker: Watermarker | None, voices: VoiceLibrary) -> None:

@@ -59,6 +59,7 @@ class Setup:
         max_frames: the most mel frames that the vocoder has in work at once; None for as many as suit the device.
         budget: bytes of the card for everything together; None for no such limit.
         plan: what the budget is spent on.
+        asked: what it was before the budget decided.
     """
 
     checkpoint: Checkpoint
@@ -73,6 +74,7 @@ class Setup:
     max_frames: int | None = None
     budget: int | None = None
     plan: Plan | None = None
+    asked: Setup | None = None
 
     @property
     def host(self) -> type[ProcessHost] | type[ThreadHost]:
@@ -128,6 +130,7 @@ def _planned(setup: Setup, budget: int) -> Setup:
         max_frames=made.vocoder_max_frames,
         t3={**setup.t3, **made.t3_arguments},
         plan=made,
+        asked=setup,
     )
 
 
@@ -164,7 +167,7 @@ async def load(setup: Setup, *, strict: bool) -> tuple[Setup, Stages]:
             logger.warning(
                 "the strategy %s does not work here: %s; loading with %s", setup.policy.strategy, error, weaker.strategy
             )
-            setup = settled(replace(setup, policy=weaker))
+            setup = settled(replace(setup.asked or setup, policy=weaker))
 
 
 def _is_of_quantization(error: Exception) -> bool:

@@ -59,6 +59,17 @@ def test_a_strategy_that_does_not_work_gives_way_to_a_weaker_one(
     assert "loading with mixed" in caplog.text
 
 
+def test_a_weaker_strategy_has_a_plan_of_its_own(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = broken(monkeypatch, MISSING, "bnb-4bit")
+    planned = settled(replace(setup, budget=8 * 2**30))
+    done, _ = asyncio.run(load(planned, strict=False))
+    assert tried[-1] == "conservative"
+    assert planned.plan is not None
+    assert done.plan is not None
+    assert done.plan.policy.t3 == "int8"
+    assert done.budget == planned.budget
+
+
 def test_when_nothing_is_quantised_any_more_the_error_is_told(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = broken(monkeypatch, EngineError("no card"), "bnb-4bit", "int8", "none")
     with pytest.raises(EngineError, match="no card"):

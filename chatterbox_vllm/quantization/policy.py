@@ -17,7 +17,7 @@ import json
 import logging
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
@@ -329,8 +329,3 @@ def canonical(value: Any, origin: str = "quantization") -> str:
 
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool | None) else str(value)
-
-
-def as_dict(policy: Policy) -> dict[str, Any]:
-    """For reports: component to method, and the strategy's name."""
-    return {field.name: asdict(policy)[field.name] for field in fields(policy)}
