@@ -10,6 +10,7 @@ import torch
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import NONE, SPELLINGS, Given, Policy, resolve
+from chatterbox_vllm.vocoder.stage import best_dtype
 
 DTYPES: Final[Mapping[str, torch.dtype | None]] = MappingProxyType(
     {"auto": None, **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}}
@@ -22,10 +23,7 @@ def get_optimal_dtype(device: str | torch.device | None = None) -> torch.dtype:
     Args:
         device: default: the GPU, if there is one.
     """
-    kind = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if not kind.startswith("cuda"):
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(kind) >= (8, 0) else torch.float16
+    return best_dtype(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def policy_of(quantization: Policy | str | None, engine_args: dict[str, Any]) -> Policy:

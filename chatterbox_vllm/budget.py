@@ -24,7 +24,8 @@ from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.estimate import Estimate, Files, QuantizationMemoryEstimator, T3Sizes
 from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Method, Policy, QuantizationStrategy
 from chatterbox_vllm.types import MAX_SPEECH_TOKENS
-from chatterbox_vllm.vocoder.stage import MAX_FRAMES
+from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
+from chatterbox_vllm.vocoder.stage import FEWEST_IN_PIECES, MAX_FRAMES
 
 MIB: Final = 2**20
 
@@ -71,13 +72,10 @@ PROMPT_POSITIONS: Final = 38
 """Of the voice and the control tokens."""
 RECORDING_FRAMES: Final = 500
 """Mel frames of a voice's recording, at most."""
-FRAMES_PER_TOKEN: Final = 2
 _SMALLEST_ROOM: Final = 1_024
 """Frames of the solver's smallest graph; each further one is for twice as many."""
 _CAPTURED: Final = (640, 768)
 """Tokens of the encoder's and frames of HiFT's largest graphs."""
-_FEWEST_IN_PIECES: Final = 256
-"""Frames that HiFT takes at once, at least; else it is a quarter of ``vocoder_max_frames``."""
 _COUNTED: Final = 8
 """Utterances for which ``choose_strategy`` leaves room."""
 _SHORTEST: Final = 128
@@ -462,8 +460,8 @@ def _in_graphs(frames: int) -> int:
 
 
 def _hift_frames(frames: int) -> int:
-    """That HiFT takes at once: the next of 256, 384, 512, 768, ..."""
-    wanted = max(_FEWEST_IN_PIECES, frames // 4)
+    """That HiFT takes at once, a quarter of so many: the next of 256, 384, 512, 768, ..."""
+    wanted = max(FEWEST_IN_PIECES, frames // 4)
     power = 1 << (wanted - 1).bit_length()
     return power * 3 // 4 if wanted <= power * 3 // 4 else power
 

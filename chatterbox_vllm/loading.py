@@ -79,8 +79,10 @@ class Setup:
     @property
     def host(self) -> type[ProcessHost] | type[ThreadHost]:
         """Where the vocoder's workers run: on T3's GPU, without a process of their own, in T3's."""
-        needed = len(self.vocoder_devices) > 1 or self.vocoder_devices != ["cpu"]
-        if needed if self.vocoder_process is None else self.vocoder_process:
+        own_process = self.vocoder_process
+        if own_process is None:
+            own_process = self.vocoder_devices != ["cpu"]
+        if own_process:
             return ProcessHost
         return GuestHost if self.on_gpu and self.vocoder_devices[0] in {"cuda", "cuda:0"} else ThreadHost
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from chatterbox_vllm.bench.vocoder import Job, speak_in_chunks
 from chatterbox_vllm.evaluate.methods import quantize
 from chatterbox_vllm.quantization.policy import Policy
 from chatterbox_vllm.types import SpeechOptions, VoiceFeatures
 from chatterbox_vllm.vocoder.stage import Blueprint, Vocoder
-from chatterbox_vllm.vocoder.utterance import Chunk
 from chatterbox_vllm.vocoder.weights import load, quantizable
 
 
@@ -36,7 +36,4 @@ def quantized_vocoder(path: Path, policy: Policy, device: str = "cpu") -> Vocode
 
 def vocode(vocoder: Vocoder, tokens: Tensor, voice: VoiceFeatures, options: SpeechOptions) -> tuple[Tensor, Tensor]:
     """(n,) int64 speech tokens to (960 n,) float32 samples and their (2n, 80) float32 mel."""
-    utterance = vocoder.open(voice, seed=options.seed or 0, diffusion_steps=options.diffusion_steps)
-    (samples,) = vocoder.advance([Chunk(utterance, tokens, final=True)])
-    assert utterance.mel is not None
-    return samples, utterance.mel
+    return speak_in_chunks(vocoder, Job(tokens, voice, options.seed or 0, options.diffusion_steps, final=True))
