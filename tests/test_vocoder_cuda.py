@@ -110,14 +110,9 @@ def without_card(monkeypatch):
     monkeypatch.setattr(graphs, "SMALLEST", 128)
 
 
-def played(solver, size, steps):
+def played(solver, size):
     """A graph without a card: computes when it is replayed."""
-
-    def replay() -> None:
-        for shifts, length in solver._steps(steps):
-            solver._estimator.step(size.rows, solver._room, size.tiling, shifts, length, 0.7)
-
-    return SimpleNamespace(replay=replay)
+    return SimpleNamespace(replay=lambda: solver._launch(size))
 
 
 @needs_triton
@@ -159,7 +154,7 @@ def test_a_quantised_flow_is_one_with_the_decoded_weights(method, monkeypatch):
     for of_packed, of_plain in zip(packed.modules(), plain.modules(), strict=True):
         if isinstance(of_packed, QuantizedLinear):
             of_plain.weight.copy_(of_packed.matrix.dequantize(torch.float32))
-    options = {"device": DEVICE, "dtype": torch.float16, "frames": 128}
+    options = {"device": DEVICE, "dtype": torch.float16, "frames": 128, "frugal": False}
     quantised, reference = backend.CudaBackend(packed, **options), backend.CudaBackend(plain, **options)
     tokens = [torch.arange(20), torch.arange(9)]
     mu = reference.mu(tokens)
@@ -174,6 +169,28 @@ def test_a_quantised_flow_is_one_with_the_decoded_weights(method, monkeypatch):
         assert now.before[name] == pytest.approx(before.weights[name], rel=0.005)
         assert now.weights[name] < before.weights[name]
     assert now.weights["scratch"] > before.weights["scratch"] == 0
+
+
+@needs_triton
+@torch.inference_mode()
+def test_batches_go_through_the_encoder_in_the_sizes_of_its_graphs(networks, monkeypatch):
+    """Rows and tokens that only fill a graph's size change nothing, and few sizes serve all batches."""
+    from chatterbox_vllm.vocoder.cuda import backend
+
+    if not ON_CARD:
+        without_card(monkeypatch)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+        monkeypatch.setattr(backend, "Captured", Called)
+        monkeypatch.setattr(backend, "to_device", lambda tensor, _: tensor)
+    options = {"device": DEVICE, "dtype": torch.float16, "frames": 512}
+    captured = backend.CudaBackend(built(), frugal=False, **options)
+    launched = backend.CudaBackend(built(), frugal=True, **options)
+    for lengths in ([60, 9, 33], [40, 64, 1, 12], [64] * 6):
+        tokens = [torch.randint(0, 6561, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+        for mu, expected, length in zip(captured.mu(tokens), launched.mu(tokens), lengths, strict=True):
+            assert (mu[: 2 * length] - expected[: 2 * length]).abs().mean() < 0.01 * expected[: 2 * length].abs().mean()
+    assert set(captured._captured) == {(4, 64)}  # six rows would be eight, for which there is no room
+    assert not launched._captured
 
 
 def stretch(lengths: list[int], waves: int) -> Stretch:

@@ -315,7 +315,8 @@ def _sorted(shapes: Mapping[str, Shape], rules: list[_Rule]) -> Iterator[tuple[s
 
 
 def _t3_sizes(shapes: Mapping[str, Shape], file: Path) -> T3Sizes:
-    inner = [shape[0] for name, shape in shapes.items() if re.search(r"^tfmr\.layers\.\d+\.mlp\.up_proj\.weight", name)]
+    up = re.compile(r"^tfmr\.layers\.\d+\.mlp\.up_proj\.weight(_packed)?$")  # and not its scales
+    inner = [shape[0] for name, shape in shapes.items() if up.search(name)]
     try:
         return T3Sizes(
             layers=len(inner),

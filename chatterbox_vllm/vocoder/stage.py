@@ -88,7 +88,8 @@ class Vocoder:
         self._fade = fade_in().to(self.device)
         self.max_frames = max_frames or frames_at_once(self.device, weights=bytes_of({"all": networks})["all"])
         self._hift_frames = None if max_frames is None else max(FEWEST_IN_PIECES, max_frames // 4)
-        self.backend = _backend(networks, self.device, dtype, max_frames or max(self.max_frames, LONGEST))
+        frames, frugal = max_frames or max(self.max_frames, LONGEST), max_frames is not None
+        self.backend = _backend(networks, self.device, dtype, frames, frugal=frugal)
         self._prompts = Prompts(networks.flow, self.device)
 
     @classmethod
@@ -338,12 +339,12 @@ class Blueprint:
         return vocoder
 
 
-def _backend(networks: Networks, device: torch.device, dtype: torch.dtype, frames: int) -> Backend:
+def _backend(networks: Networks, device: torch.device, dtype: torch.dtype, frames: int, *, frugal: bool) -> Backend:
     if device.type == "cuda" and dtype != torch.float32 and _suits_triton(device):
         from chatterbox_vllm.vocoder.cuda.backend import CudaBackend  # Triton is not installed without CUDA
 
         if CudaBackend.fits(networks):
-            return CudaBackend(networks, device=device, dtype=dtype, frames=frames)
+            return CudaBackend(networks, device=device, dtype=dtype, frames=frames, frugal=frugal)
         _log.warning("the networks' sizes do not suit the fast kernels; using the plain ones")
     networks.to(device)
     networks.flow.decoder.to(dtype)

@@ -18,15 +18,18 @@ from chatterbox_vllm.vocoder.cuda.encoder import ALIGNMENT, HalfEncoder
 from chatterbox_vllm.vocoder.cuda.estimator import PackedEstimator
 from chatterbox_vllm.vocoder.cuda.graphs import GraphSolver
 from chatterbox_vllm.vocoder.cuda.hift import FusedHift
+from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.footprint import footprint, savings
 from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.transfer import to_device
 from chatterbox_vllm.vocoder.weights import Networks
 
 _CAPTURED: Final = 64
-"""A single utterance's tokens are padded to a multiple of this, so that few graphs serve all lengths."""
+"""Tokens are padded to a multiple of this, and batches to 2, 4, 8, ... rows, so that few graphs serve all."""
 _LONGEST_CAPTURED: Final = 640
 """Tokens, the recording's among them; beyond, computing takes longer than launching."""
+_MOST_ROWS: Final = 16
+"""Of batches whose graphs are captured beforehand."""
 _POSITIONS: Final = 16
 """Of one program of ``hift_kernels.normals``."""
 
@@ -39,9 +42,13 @@ class CudaBackend:
         device: the card.
         dtype: bfloat16 or float16, for the flow.
         frames: the most mel frames that will be solved at once, for which memory is taken.
+        frugal: have graphs of the encoder for single utterances only. Those of batches take up to 1.5 GB at 8,192
+            frames; without them a batch waits 10 ms for the host.
     """
 
-    def __init__(self, networks: Networks, *, device: torch.device, dtype: torch.dtype, frames: int) -> None:
+    def __init__(
+        self, networks: Networks, *, device: torch.device, dtype: torch.dtype, frames: int, frugal: bool
+    ) -> None:
         flow, self._device = networks.flow, device
         saved = savings(networks, dict.fromkeys(("flow_encoder", "estimator"), dtype))
         scratch, scratches = _scratch(networks, dtype, device)
@@ -53,8 +60,10 @@ class CudaBackend:
         _let_go(networks)
         flow.to(device)
         self._embedding, self._projection = flow.input_embedding, flow.encoder_proj
-        self._captured: dict[int, Captured[Tensor]] = {}
+        self._captured: dict[tuple[int, int], Captured[Tensor]] = {}
         self._longest_captured = min(_LONGEST_CAPTURED, frames // 4)
+        # Of a batch, padding included: a quarter more than there may be without.
+        self._most_captured = 0 if frugal else frames // FRAMES_PER_TOKEN * 5 // 4
         self._solver = GraphSolver(estimator, frames=frames)
         parts = {"flow_encoder": self._encoder.weights, "estimator": estimator.weights, "hift": self._hift.weights}
         self.footprint = footprint({"scratch": scratch.memory, **parts, "other": flow}, saved)
@@ -70,18 +79,32 @@ class CudaBackend:
 
     def mu(self, tokens: Sequence[Tensor]) -> Tensor:
         """See ``Backend.mu``."""
-        lengths = torch.tensor([len(row) for row in tokens])
-        longest = _rounded(int(lengths.max()), _CAPTURED if len(tokens) == 1 else ALIGNMENT)
-        ids = torch.zeros(len(tokens), longest, dtype=torch.int64)
-        for row, own in zip(ids, tokens, strict=True):
+        longest = max(len(row) for row in tokens)
+        rows, length = captured = self._padded(len(tokens), longest)
+        is_captured = self._is_captured(*captured)
+        if not is_captured:
+            rows, length = len(tokens), _rounded(longest, ALIGNMENT)
+        ids = torch.zeros(rows, length, dtype=torch.int64)
+        for row, own in zip(ids, tokens, strict=False):
             row[: len(own)] = own
-        mask = torch.arange(longest) < lengths[:, None]
+        # Rows that no utterance has are as good as any: without a token in use, attention would divide by zero.
+        lengths = torch.tensor([len(row) for row in tokens] + [length] * (rows - len(tokens)))
+        mask = torch.arange(length) < lengths[:, None]
         inputs = to_device(ids, self._device), to_device(mask, self._device)
-        if len(tokens) > 1 or longest > self._longest_captured:
+        if not is_captured:
             return self._encoded(*inputs)
-        if longest not in self._captured:
-            self._captured[longest] = Captured(self._encoded, inputs, self._pool)
-        return self._captured[longest](*inputs)
+        if captured not in self._captured:
+            self._captured[captured] = Captured(self._encoded, inputs, self._pool)
+        return self._captured[captured](*inputs)[: len(tokens)]
+
+    def _padded(self, rows: int, longest: int) -> tuple[int, int]:
+        """Rows and tokens of the graph for a batch."""
+        return 1 << (rows - 1).bit_length(), _rounded(longest, _CAPTURED)
+
+    def _is_captured(self, rows: int, length: int) -> bool:
+        if rows == 1:
+            return length <= self._longest_captured
+        return length <= _LONGEST_CAPTURED and rows * length <= self._most_captured
 
     def _encoded(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self._projection(self._encoder(self._embedding(ids), mask))
@@ -114,10 +137,14 @@ class CudaBackend:
 
     def warm_up(self, frames: int, hift_frames: int) -> None:
         """Compiles kernels and captures graphs."""
-        self._solver.warm_up(frames, steps=10)
-        self._hift.warm_up(hift_frames)  # before what needs less, which then finds the graphs' memory there
-        for longest in reversed(range(_CAPTURED, self._longest_captured + 1, _CAPTURED)):
-            self.mu([torch.zeros(longest, dtype=torch.int64)])
+        self._solver.warm_up(frames)
+        self._hift.warm_up(hift_frames)
+        rows = [1 << power for power in range(_MOST_ROWS.bit_length())]
+        sizes = [(count, length) for count in rows for length in range(_CAPTURED, _LONGEST_CAPTURED + 1, _CAPTURED)]
+        # What needs less finds the graphs' memory there; attention's scores need most.
+        for count, length in sorted(sizes, key=lambda size: -size[0] * size[1] ** 2):
+            if self._is_captured(count, length):
+                self.mu([torch.zeros(length, dtype=torch.int64)] * count)
 
 
 def _scratch(networks: Networks, dtype: torch.dtype, device: torch.device) -> tuple[Scratch, dict[str, Scratch | None]]:

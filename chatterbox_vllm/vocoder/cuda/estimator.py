@@ -139,6 +139,7 @@ class PackedEstimator:
         self.inputs, self.width = self._stages[0].skip.matrix.shape
         self.inner = len(self._stages[0].blocks[0].out.matrix)
         self.hidden = len(self._stages[0].blocks[0].down.matrix)
+        self.resnets = len(self._stages)
         self.mels = len(self._project.bias)
 
     @staticmethod
@@ -175,12 +176,12 @@ class PackedEstimator:
             heard=half(self.inner),
         )
 
-    def step(self, rows: Rows, room: Room, tiling: Tiling, shifts: Tensor, length: float, guidance: float) -> None:
+    def step(self, rows: Rows, room: Room, tiling: Tiling, shifts: Tensor, length: Tensor, guidance: float) -> None:
         """Moves ``rows.mel`` by one guided Euler step, and what ``rows.inputs`` has of it.
 
         Args:
             shifts: (resnets, width) float32, a row of what ``shifts`` gives.
-            length: of the step.
+            length: (1,) float32, of the step, on the device.
             guidance: the velocity is (1 + guidance) x the guided one - guidance x the unguided one.
         """
         down, *middle, up = zip(self._stages, shifts, strict=True)

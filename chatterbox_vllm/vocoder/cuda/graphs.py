@@ -1,9 +1,10 @@
-"""The flow's Euler steps on a CUDA card, a whole batch in one CUDA graph.
+"""The flow's Euler steps on a CUDA card, a whole batch in one CUDA graph that runs once for each step.
 
-Launched one by one, three thousand small kernels would wait for Python. A graph is captured for a number of frames and
-serves every batch of at most so many: rows past those in use cost next to nothing (see ``kernels``), so that sizes may
-double from one graph to the next, and rows of different lengths need no padding. Graphs never overlap, so all compute
-in the same memory.
+Launched one by one, three hundred small kernels a step would wait for Python. A graph is captured for a number of
+frames and serves every batch of at most so many: rows past those in use cost next to nothing (see ``kernels``), so that
+sizes may double from one graph to the next, and rows of different lengths need no padding. Graphs never overlap, so all
+compute in the same memory. One graph of all steps would be launched only after 2 ms, in which the card has nothing to
+do; of one for each step, the first is launched at once, and the others while it runs.
 """
 
 from __future__ import annotations
@@ -54,17 +55,21 @@ class GraphSolver:
         self._estimator = estimator
         self._device = estimator.device
         self._shared_memory = int(torch.cuda.get_device_properties(self._device).shared_memory_per_block_optin)
-        self._each: dict[int, list[tuple[Tensor, float]]] = {}
+        # What the graphs read of the step they are at: its shifts, then its length.
+        shifts = estimator.resnets * estimator.width
+        self._step = torch.zeros(shifts + 1, device=self._device)
+        self._shifts, self._length = self._step[:shifts].view(estimator.resnets, -1), self._step[shifts:]
+        self._each: dict[int, tuple[Tensor, ...]] = {}
         self._make_room(_size_for(frames, 1))
 
-    def warm_up(self, frames: int, *, steps: int) -> None:
+    def warm_up(self, frames: int) -> None:
         """Compiles the kernels and captures the graphs of up to ``frames`` frames, so that no request waits for it."""
         largest = min(_size_for(frames, 1), self._frames)
         sizes = [frames for frames in (SMALLEST << double for double in range(16)) if frames <= largest]
         with ThreadPoolExecutor(len(sizes)) as pool:  # compilers run beside each other
-            list(pool.map(self._compile, [self._size(frames) for frames in sizes], [steps] * len(sizes)))
+            list(pool.map(self._compile, map(self._size, sizes)))
         for frames in sizes:
-            self._graph(frames, steps)
+            self._graph(frames)
 
     def solve(
         self, noise: Tensor, mu: Tensor, speaker: Tensor, cond: Tensor, lengths: Sequence[int], steps: int
@@ -87,7 +92,7 @@ class GraphSolver:
         frames = _size_for(total, len(lengths))
         if frames > self._frames:
             self._make_room(frames)
-        graph, size = self._graph(frames, steps), self._size(frames)
+        graph, size = self._graph(frames), self._size(frames)
         tables, order = _tables(lengths, noise.shape[1], size)
         size.integers.copy_(to_device(tables, self._device))
         # Everything side by side, as the estimator wants it; of that, the frames that exist, in their order.
@@ -99,13 +104,15 @@ class GraphSolver:
         size.rows.inputs.index_copy_(0, guided, given.to(size.rows.inputs.dtype))
         given[:, mels:] = 0.0
         size.rows.inputs.index_copy_(0, free, given.to(size.rows.inputs.dtype))
-        graph.replay()
+        for step in self._steps(steps):
+            self._step.copy_(step)
+            graph.replay()
         return list(size.rows.mel[:total].clone().split(list(lengths)))
 
     def _make_room(self, frames: int) -> None:
         """Takes memory for batches of so many frames. Graphs know addresses, so they go."""
         estimator = self._estimator
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._sizes: dict[int, _Size] = {}
         self._room: Room | None = None  # freed before the next one is made
         self._room = estimator.room(2 * frames)
@@ -113,10 +120,10 @@ class GraphSolver:
         self._mel = torch.zeros(frames, estimator.mels, device=self._device)
         self._frames = frames
 
-    def _graph(self, frames: int, steps: int) -> torch.cuda.CUDAGraph:
-        if (frames, steps) not in self._graphs:
-            self._graphs[frames, steps] = self._captured(self._size(frames), steps)
-        return self._graphs[frames, steps]
+    def _graph(self, frames: int) -> torch.cuda.CUDAGraph:
+        if frames not in self._graphs:
+            self._graphs[frames] = self._captured(self._size(frames))
+        return self._graphs[frames]
 
     def _size(self, frames: int) -> _Size:
         if frames not in self._sizes:
@@ -143,31 +150,33 @@ class GraphSolver:
             tiling,
         )
 
-    def _steps(self, steps: int) -> list[tuple[Tensor, float]]:
-        """What ``PackedEstimator.step`` needs of each step; kept, because graphs read it."""
+    def _steps(self, steps: int) -> tuple[Tensor, ...]:
+        """What ``_step`` shall hold for each of them."""
         if steps not in self._each:
             moments = schedule(steps)
-            shifts = self._estimator.shifts(moments[:-1])
-            self._each[steps] = list(zip(shifts, moments.diff().tolist(), strict=True))
+            shifts, lengths = self._estimator.shifts(moments[:-1]), to_device(moments.diff(), self._device)
+            self._each[steps] = torch.cat([shifts.flatten(1), lengths[:, None]], dim=1).unbind()
         return self._each[steps]
 
-    @torch.inference_mode()
-    def _compile(self, size: _Size, steps: int) -> None:
-        """Launches each kernel once; as no row is in use, they do nothing."""
+    def _launch(self, size: _Size) -> None:
+        """The kernels of one step."""
         assert self._room is not None
+        self._estimator.step(size.rows, self._room, size.tiling, self._shifts, self._length, GUIDANCE)
+
+    @torch.inference_mode()
+    def _compile(self, size: _Size) -> None:
+        """Launches each kernel once; as no row is in use, they do nothing."""
         with torch.cuda.device(self._device):  # a new thread begins with the first one
             size.integers.zero_()
-            self._estimator.step(size.rows, self._room, size.tiling, *self._steps(steps)[0], GUIDANCE)
+            self._launch(size)
             torch.cuda.current_stream().synchronize()
 
-    def _captured(self, size: _Size, steps: int) -> torch.cuda.CUDAGraph:
-        assert self._room is not None
-        self._compile(size, steps)
+    def _captured(self, size: _Size) -> torch.cuda.CUDAGraph:
+        self._compile(size)
         graph = torch.cuda.CUDAGraph()
         # Another thread's work on the device, such as an enrolment's, must not spoil the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for shifts, length in self._steps(steps):
-                self._estimator.step(size.rows, self._room, size.tiling, shifts, length, GUIDANCE)
+            self._launch(size)
         return graph
 
 

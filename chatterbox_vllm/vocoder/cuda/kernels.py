@@ -337,7 +337,8 @@ def euler(
 ):
     """One guided Euler step: mel += length ((1 + g) v(guided row) - g v(free row)); also into both rows' inputs.
 
-    ``rows`` (F, 2) int32 says where a frame's two rows are; ``frames`` (1,) int32 how many frames are in use.
+    ``rows`` (F, 2) int32 says where a frame's two rows are; ``frames`` (1,) int32 how many frames are in use, and
+    ``length`` (1,) float32 is the step's.
     """
     _begin(OVERLAP)
     first = tl.program_id(0) * ROWS
@@ -357,7 +358,7 @@ def euler(
     velocity = (1.0 + guidance) * with_text - guidance * without + tl.load(bias + bin, mask=real, other=0.0)[None, :]
     both = inside[:, None] & real[None, :]
     at = mel + frame[:, None].to(tl.int64) * MELS + bin[None, :]
-    moved = tl.load(at, mask=both, other=0.0) + length * velocity
+    moved = tl.load(at, mask=both, other=0.0) + tl.load(length) * velocity
     tl.store(at, moved, mask=both)
     tl.store(inputs + guided * INPUTS + bin[None, :], moved.to(inputs.dtype.element_ty), mask=both)
     tl.store(inputs + free * INPUTS + bin[None, :], moved.to(inputs.dtype.element_ty), mask=both)

@@ -1,0 +1,167 @@
+"""What each way to quantise takes and gives, on one GPU: memory, T3's speed, the whole pipeline's, and the start.
+
+    python benchmarks/methods.py --model full-demo --methods none int8 fp8 bnb-8bit bnb-4bit mixed --json methods.json
+    chatterbox-vllm quantize full-demo full-awq && python benchmarks/methods.py --model full-awq --methods awq
+
+A method is T3's (its vocoder is not quantised), or a strategy, which is for all networks. Each runs in a process of its
+own, under the same budget, so with the same KV cache, CUDA graphs and batches. One start of each is timed: run it
+twice, and the second time nothing is compiled or converted anew.
+
+Prints, in MiB: the weights of T3's linear layers, of all of T3, and of the vocoder; what torch had allocated at most in
+all processes, and reserved in the end; and what NVML says of the whole card, so let nobody else be on it. Then T3's
+tokens a second for each number of requests, and the pipeline with the largest of these at once, without watermark.
+
+Needs pynvml (the extra ``bench``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pynvml
+import torch
+
+from chatterbox_vllm.bench import sentences
+from chatterbox_vllm.bench.workload import random_voice
+from chatterbox_vllm.checkpoint import resolve
+from chatterbox_vllm.engine import AsyncChatterbox, together
+from chatterbox_vllm.quantization.policy import STRATEGIES
+from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE, SpeechOptions, SpeechRequest
+
+MIB = 2**20
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default="demo")
+    made.add_argument("--methods", nargs="+", default=["none", "int8", "fp8", "bnb-4bit"], help="or strategies")
+    made.add_argument("--requests", type=int, nargs="+", default=[1, 16, 64], help="at once")
+    made.add_argument("--tokens", type=int, default=250, help="of a request (default: %(default)s = 10 s)")
+    made.add_argument("--rounds", type=int, default=2, help="measured, after one that is not counted")
+    made.add_argument("--vram-budget", default="20GiB", help="(default: %(default)s)")
+    made.add_argument("--max-model-len", type=int, default=512)
+    made.add_argument("--max-batch-size", type=int, help="(default: the most requests)")
+    made.add_argument("--json", type=Path)
+    return made
+
+
+def measured(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+    """One row."""
+    pynvml.nvmlInit()
+    before = card_bytes()
+    return asyncio.run(run(arguments, method, before))
+
+
+async def run(arguments: argparse.Namespace, method: str, before: int) -> dict[str, Any]:
+    checkpoint, most = resolve(arguments.model), max(arguments.requests)
+    policy = STRATEGIES.get(method, method)
+    started = time.perf_counter()
+    engine = await AsyncChatterbox.start(
+        checkpoint,
+        quantization=policy,
+        strict_quantization=True,
+        vram_budget=arguments.vram_budget,
+        max_batch_size=arguments.max_batch_size or most,
+        max_model_len=arguments.max_model_len,
+        watermark=False,
+    )
+    start_seconds = time.perf_counter() - started
+    voice = random_voice(0, prompt_tokens=250)
+    language = "en" if checkpoint.variant.is_multilingual else None
+    options = SpeechOptions(max_tokens=arguments.tokens)
+    requests = [
+        SpeechRequest(sentences.text(seed, arguments.tokens / TOKEN_RATE), voice, language, options.but(seed=seed))
+        for seed in range(most)
+    ]
+
+    async def tokens(request: SpeechRequest) -> list[int]:
+        return await engine.speech_tokens(request, min_tokens=arguments.tokens)
+
+    async def sound(request: SpeechRequest) -> float:
+        spoken = torch.tensor(await tokens(request))
+        samples = await engine.synthesize(spoken, voice, seed=request.options.seed or 0)
+        return len(samples) / SAMPLE_RATE
+
+    async def seconds_for(count: int, work: Any) -> tuple[float, list[Any]]:
+        taken, results = [], []
+        for _ in range(1 + arguments.rounds):
+            began = time.perf_counter()
+            results = await together([work(request) for request in requests[:count]])
+            taken.append(time.perf_counter() - began)
+        return median(taken[1:]), results
+
+    try:
+        speeds = {}
+        for count in arguments.requests:
+            seconds, spoken = await seconds_for(count, tokens)
+            speeds[count] = sum(map(len, spoken)) / seconds
+        seconds, sounds = await seconds_for(most, sound)
+        memory, info = await engine.memory(), engine.quantization_info()
+    finally:
+        card = card_bytes() - before
+        await engine.shutdown()
+    parts = memory["components"]
+    return {
+        "method": method,
+        "components": info["components"],
+        "t3_linear_bytes": parts["t3"],
+        "t3_bytes": parts["t3"] + parts["t3_embeddings"],
+        "vocoder_bytes": sum(size for name, size in parts.items() if not name.startswith("t3")),
+        "peak_bytes": sum(each["peak"] for each in memory["processes"]),
+        "reserved_bytes": sum(each["reserved"] for each in memory["processes"]),
+        "card_bytes": card,
+        "plan_bytes": sum(memory["items"].values()),
+        "memory": memory,
+        "tokens_per_second": speeds,
+        "realtime_factor": sum(sounds) / seconds,
+        "start_seconds": start_seconds,
+    }
+
+
+def card_bytes() -> int:
+    """In use on the whole of the first card."""
+    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+
+
+def header(requests: Sequence[int]) -> str:
+    speeds = " ".join(f"{f'T3 at {count}':>9}" for count in requests)
+    return (
+        f"{'method':>13} {'linear':>8} {'T3':>8} {'vocoder':>8} {'peak':>9} {'reserved':>9} {'card':>9} {'plan':>9} "
+        f"{speeds} {'x real time':>12} {'start s':>8}"
+    )
+
+
+def line(row: dict[str, Any]) -> str:
+    weights = " ".join(f"{row[f'{name}_bytes'] / MIB:>8,.1f}" for name in ("t3_linear", "t3", "vocoder"))
+    memory = " ".join(f"{row[f'{name}_bytes'] / MIB:>9,.1f}" for name in ("peak", "reserved", "card", "plan"))
+    speeds = " ".join(f"{speed:>9,.0f}" for speed in row["tokens_per_second"].values())
+    rest = f"{row['realtime_factor']:>12.1f} {row['start_seconds']:>8.0f}"
+    return f"{row['method']:>13} {weights} {memory} {speeds} {rest}"
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    print(header(arguments.requests), flush=True)
+    rows = []
+    for method in arguments.methods:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+            rows.append(alone.submit(measured, arguments, method).result())
+        print(line(rows[-1]), flush=True)
+    if arguments.json is not None:
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+        options = {name: value for name, value in vars(arguments).items() if name != "json"} | {"device": device}
+        arguments.json.write_text(json.dumps({"arguments": options, "results": rows}, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()
