@@ -45,17 +45,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's (default: %(default)s)")
     made.add_argument("--size", choices=networks.SIZES, default="full")
+    made.add_argument("--exact", action="store_true", help="ours with upstream's very bits (vocoder_dtype=float32)")
     made.add_argument("--json", type=Path)
     return made
 
 
-def both(size: networks.Size) -> tuple[Any, Vocoder]:
+def both(size: networks.Size, *, exact: bool) -> tuple[Any, Vocoder]:
     """Upstream's network and ours, with the weights that ``demo-checkpoint`` would draw."""
     theirs: Any = networks.s3gen(size)
     own = {name: like for name, like in theirs.state_dict().items() if name.startswith(("flow.", "mel2wav."))}
     for name, tensor in own.items():
         tensor.copy_(draw(FILE, name, tensor, 0))
-    return theirs, Vocoder(weights.build(own, Path(FILE)))
+    return theirs, Vocoder(weights.build(own, Path(FILE)), exact=exact)
 
 
 def upstream_reference(voice: VoiceFeatures) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def summary(seconds: float, times: dict[str, list[Shares]]) -> dict[str, Any]:
 def main() -> None:
     arguments = parser().parse_args()
     torch.set_num_threads(arguments.threads)
-    theirs, ours = both(arguments.size)
+    theirs, ours = both(arguments.size, exact=arguments.exact)
     results = []
     print(f"{'s of sound':>10} {'side':>9} {'total s':>9} {'flow':>9} {'hift':>9} {'x real time':>12}")
     for seconds in arguments.seconds:

@@ -131,8 +131,9 @@ class AsyncChatterbox:
             vocoder_device: another one for the vocoder, or several with commas between them, a worker for each.
             vocoder_process: whether each worker is a process of its own; default: on a GPU. There, False puts it into
                 T3's, which takes less memory.
-            vocoder_dtype: "float32", "bfloat16" or "float16" for the vocoder's estimator; "auto" is float32 on a CPU,
-                and on a GPU the half precision that it has.
+            vocoder_dtype: "float32", "bfloat16" or "float16" for the vocoder's estimator; "auto" is the half precision
+                that a GPU has, and on a CPU float32 with faster products than upstream's: samples differ by some
+                ten-thousandths, where "float32" has upstream's very bits.
             mps: run NVIDIA's Multi-Process Service, so that T3 and the vocoder use one GPU at the same time.
             mask_invalid_tokens: never sample ids that are no sound; False is upstream's distribution, exactly.
             watermark: put Perth's inaudible watermark into every answer.

@@ -150,7 +150,9 @@ class Settings(BaseModel):
         "of its own",
     )
     vocoder_dtype: Dtype = Field(
-        "auto", description="the vocoder's number format; auto is float32 on a CPU, half precision on a GPU"
+        "auto",
+        description="the vocoder's number format; auto is half precision on a GPU, and on a CPU float32 with faster "
+        "products than upstream's; float32 has upstream's very bits there",
     )
     mps: bool = Field(
         False, description="run NVIDIA's MPS, under which T3 and the vocoder use one GPU at the same time, not by turns"

@@ -47,7 +47,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def vocoder(**options) -> Vocoder:
-    return Vocoder(weights.build(tensors(), Path("s3gen.safetensors")), **options)
+    return Vocoder(weights.build(tensors(), Path("s3gen.safetensors")), **{"exact": True, **options})
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--model", default="demo", help="as for serve: a folder, a name, demo (default: %(default)s)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    made.add_argument("--dtype", choices=DTYPES, help="of the estimator (default: bfloat16, on a CPU float32)")
+    made.add_argument("--dtype", choices=DTYPES, help="as vocoder_dtype of the settings (default: auto)")
     made.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 32], help="whole utterances at once")
     made.add_argument("--chunks", type=int, nargs="*", default=[1, 8, 64], help="streams' first chunks at once")
     made.add_argument("--seconds", type=float, default=10.0, help="length of an utterance")
@@ -197,7 +197,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = DTYPES[arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     started = time.perf_counter()
     path = resolve(arguments.model).s3gen
-    vocoder = Vocoder.from_checkpoint(path, device=device, dtype=dtype, max_frames=arguments.max_frames)
+    vocoder = Vocoder.from_checkpoint(
+        path, device=device, dtype=dtype, max_frames=arguments.max_frames, exact=arguments.dtype is not None
+    )
     load_seconds = time.perf_counter() - started
     print(f"{'work':>6} {'batch':>6} {'ms':>9} {'x real time':>12} {'host share':>11} {'peak GiB':>9}", flush=True)
     results = []

@@ -13,6 +13,7 @@ from chatterbox_vllm.vocoder import noise
 from chatterbox_vllm.vocoder.batching import padded, row_mask
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint, footprint, savings
 from chatterbox_vllm.vocoder.hift import Stretch
+from chatterbox_vllm.vocoder.packed import pack
 from chatterbox_vllm.vocoder.transfer import to_device
 from chatterbox_vllm.vocoder.weights import Networks
 
@@ -54,15 +55,18 @@ class TorchBackend:
     Args:
         networks: on their device. The estimator may be of any dtype; the rest is float32, computed as such: a CUDA
             device's TF32 stays off.
+        exact: see ``stage.Vocoder``.
     """
 
-    def __init__(self, networks: Networks) -> None:
+    def __init__(self, networks: Networks, *, exact: bool = False) -> None:
         self._flow, self._hift = networks.flow, networks.mel2wav
         flow = networks.flow
         parts = {"flow_encoder": flow.encoder, "estimator": flow.estimator, "hift": self._hift, "other": flow}
         dtypes = {"flow_encoder": torch.float32, "estimator": flow.estimator.dtype}
         self.footprint = footprint(parts, savings(networks, dtypes))
         self._device = networks.flow.encoder_proj.weight.device
+        if not exact and self._device.type == "cpu" and flow.estimator.dtype == torch.float32:
+            pack(flow.estimator)
 
     def mu(self, tokens: Sequence[Tensor]) -> Tensor:
         with self._exactly():

@@ -43,11 +43,11 @@ class Estimator(nn.Module):
         self.mid_blocks = nn.ModuleList(_stage(sizes, width) for _ in range(sizes.mid_stages))
         self.up_blocks = nn.ModuleList([_stage(sizes, 2 * width, CausalConv(width, width))])
         self.final_block = CausalBlock(width, width)
-        self.final_proj = nn.Conv1d(width, sizes.outputs, 1)
+        self.final_proj = Pointwise(width, sizes.outputs)
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.final_proj.weight.dtype
+        return self.time_mlp.linear_1.weight.dtype
 
     @property
     def stages(self) -> list[nn.ModuleList]:
@@ -86,7 +86,7 @@ class Estimator(nn.Module):
             x = _run(resnet, blocks, x, shift, mask)
         resnet, blocks, up = self.up_blocks[0]
         x = up(_run(resnet, blocks, torch.cat([x, skip], dim=-1), last, mask))
-        return _pointwise(self.final_proj, self.final_block(x))
+        return self.final_proj(self.final_block(x))
 
 
 def _stage(sizes: EstimatorSizes, inputs: int, *last: nn.Module) -> nn.ModuleList:
@@ -99,11 +99,6 @@ def _run(resnet: nn.Module, blocks: nn.ModuleList, x: Tensor, shift: Tensor, mas
     for block in blocks:
         x = block(x, mask)
     return x
-
-
-def _pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """A convolution of kernel 1 over (B, T, channels); not as a matrix product, which rounds differently."""
-    return _convolved(conv, x.transpose(1, 2)).transpose(1, 2)
 
 
 def _convolved(conv: nn.Conv1d, x: Tensor) -> Tensor:
@@ -145,6 +140,16 @@ class CausalConv(nn.Conv1d):
         return _convolved(self, F.pad(x.transpose(1, 2), (2, 0))).transpose(1, 2).contiguous()
 
 
+class Pointwise(nn.Conv1d):
+    """A convolution of kernel 1 over (B, T, channels); not as a matrix product, which rounds differently."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _convolved(self, x.transpose(1, 2)).transpose(1, 2)
+
+
 class CausalBlock(nn.Module):
     """Mirrors ``CausalBlock1D``; the list's places are upstream's, with its two transpositions left empty."""
 
@@ -164,11 +169,11 @@ class CausalResnet(nn.Module):
         self.mlp = nn.Sequential(nn.Mish(), nn.Linear(time_width, outputs))
         self.block1 = CausalBlock(inputs, outputs)
         self.block2 = CausalBlock(outputs, outputs)
-        self.res_conv = nn.Conv1d(inputs, outputs, 1)
+        self.res_conv = Pointwise(inputs, outputs)
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         """``shift`` (width,) is what ``mlp`` makes of the time."""
-        return self.block2(self.block1(x) + shift) + _pointwise(self.res_conv, x)
+        return self.block2(self.block1(x) + shift) + self.res_conv(x)
 
 
 class TransformerBlock(nn.Module):
@@ -208,13 +213,22 @@ def _heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
 
 
+class GeluProjection(nn.ModuleDict):
+    """Mirrors ``diffusers.models.activations.GELU``: a linear layer ``proj`` and the exact GELU."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__({"proj": nn.Linear(width, inner)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self["proj"](x))
+
+
 class FeedForward(nn.Module):
     """Mirrors ``matcha.transformer.FeedForward``; its dropout's place is left empty."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        first = nn.ModuleDict({"proj": nn.Linear(width, inner)})
-        self.net = nn.ModuleDict({"0": first, "2": nn.Linear(inner, width)})
+        self.net = nn.ModuleDict({"0": GeluProjection(width, inner), "2": nn.Linear(inner, width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net["2"](F.gelu(self.net["0"]["proj"](x)))
+        return self.net["2"](self.net["0"](x))

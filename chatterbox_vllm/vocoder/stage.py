@@ -69,7 +69,9 @@ class Vocoder:
             utterance always runs. A number given here also bounds HiFT, which then takes a quarter of as many frames at
             once. None is what half of a GPU's free memory holds, ``MAX_FRAMES`` at most; but on a CPU, where a batch is
             hardly faster, each utterance alone: matrix kernels round differently for different shapes, and so every
-            sound has upstream's very bits.
+            sound is the same in any company.
+        exact: have upstream's very bits in a CPU's float32 products, too. They take a sixth more time; without, samples
+            differ by some ten-thousandths (see ``packed``). Elsewhere it changes nothing.
     """
 
     sample_rate: Final = SAMPLE_RATE
@@ -81,6 +83,7 @@ class Vocoder:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         max_frames: int | None = None,
+        exact: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.networks = networks
@@ -89,7 +92,7 @@ class Vocoder:
         self.max_frames = max_frames or frames_at_once(self.device, weights=bytes_of({"all": networks})["all"])
         self._hift_frames = None if max_frames is None else max(FEWEST_IN_PIECES, max_frames // 4)
         frames, frugal = max_frames or max(self.max_frames, LONGEST), max_frames is not None
-        self.backend = _backend(networks, self.device, dtype, frames, frugal=frugal)
+        self.backend = _backend(networks, self.device, dtype, frames, frugal=frugal, exact=exact)
         self._prompts = Prompts(networks.flow, self.device)
 
     @classmethod
@@ -100,13 +103,14 @@ class Vocoder:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         max_frames: int | None = None,
+        exact: bool = False,
     ) -> Vocoder:
         """Loads s3gen.safetensors or s3gen.pt, of any size.
 
         Raises:
             CheckpointError: a key is missing, unknown or misshapen.
         """
-        return cls(load(path), device=device, dtype=dtype, max_frames=max_frames)
+        return cls(load(path), device=device, dtype=dtype, max_frames=max_frames, exact=exact)
 
     def footprint(self) -> VocoderFootprint:
         """The memory that it takes now."""
@@ -288,7 +292,7 @@ class Blueprint:
     Args:
         path: s3gen.safetensors or s3gen.pt.
         device: see ``Vocoder``.
-        dtype: see ``Vocoder``; None is the device's best (``best_dtype``).
+        dtype: see ``Vocoder``; None is the device's best (``best_dtype``), and on a CPU not ``exact``.
         flow_encoder, estimator: how linear layers of their blocks are quantised, ``none``, ``bnb-4bit``, ``bnb-8bit``
             or ``int8``. On a GPU the last two are the same; on a CPU only ``int8`` is possible, and computes with 8-bit
             activations, too.
@@ -332,14 +336,17 @@ class Blueprint:
         device = torch.device(self.device)
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)
-        vocoder = Vocoder(networks, device=device, dtype=self.dtype or best_dtype(device), max_frames=self.max_frames)
+        dtype, exact = self.dtype or best_dtype(device), self.dtype is not None
+        vocoder = Vocoder(networks, device=device, dtype=dtype, max_frames=self.max_frames, exact=exact)
         if device.type == "cuda":
             vocoder.warm_up()
             torch.cuda.empty_cache()  # what only loading and warming up needed is left to others
         return vocoder
 
 
-def _backend(networks: Networks, device: torch.device, dtype: torch.dtype, frames: int, *, frugal: bool) -> Backend:
+def _backend(
+    networks: Networks, device: torch.device, dtype: torch.dtype, frames: int, *, frugal: bool, exact: bool
+) -> Backend:
     if device.type == "cuda" and dtype != torch.float32 and _suits_triton(device):
         from chatterbox_vllm.vocoder.cuda.backend import CudaBackend  # Triton is not installed without CUDA
 
@@ -348,7 +355,7 @@ def _backend(networks: Networks, device: torch.device, dtype: torch.dtype, frame
         _log.warning("the networks' sizes do not suit the fast kernels; using the plain ones")
     networks.to(device)
     networks.flow.decoder.to(dtype)
-    return TorchBackend(networks)
+    return TorchBackend(networks, exact=exact)
 
 
 def _suits_triton(device: torch.device) -> bool:
