@@ -1,7 +1,8 @@
 """What each way to quantise takes and gives, on one GPU: memory, T3's speed, the whole pipeline's, and the start.
 
     python benchmarks/methods.py --model full-demo --methods none int8 fp8 bnb-8bit bnb-4bit mixed --json methods.json
-    chatterbox-vllm quantize full-demo full-awq && python benchmarks/methods.py --model full-awq --methods awq
+    chatterbox-vllm quantize full-demo full-awq
+    python benchmarks/methods.py --model full-awq --methods awq
 
 A method is T3's (its vocoder is not quantised), or a strategy, which is for all networks. Each runs in a process of its
 own, under the same budget, so with the same KV cache, CUDA graphs and batches. One start of each is timed: run it
