@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-tokens", type=int, default=250, help="of an utterance (default: %(default)s = 10 s)")
     made.add_argument("--reference-seconds", type=float, default=10.0)
     made.add_argument("--steps", type=int, default=10, help="diffusion steps of ours; upstream's are always 10")
+    made.add_argument("--max-batch-size", type=int, help="of our T3; fewer than --texts run in waves (default: all)")
     made.add_argument("--gpu-memory-utilization", type=float, default=0.5)
     made.add_argument("--max-model-len", type=int, default=1024)
     made.add_argument("--engine-args", type=json.loads, default={}, help="more for AsyncChatterbox.start, as JSON")
@@ -167,7 +168,7 @@ async def run_ours(arguments: argparse.Namespace, checkpoint: Checkpoint, voice:
     ]
     engine = await AsyncChatterbox.start(
         checkpoint,
-        max_batch_size=arguments.texts,
+        max_batch_size=arguments.max_batch_size or arguments.texts,
         max_model_len=arguments.max_model_len,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         watermark=False,

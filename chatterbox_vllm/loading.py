@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import torch
 
-from chatterbox_vllm.budget import Demand, Plan, choose_strategy, plan
+from chatterbox_vllm.budget import Plan, choose_strategy, plan
 from chatterbox_vllm.checkpoint import Checkpoint, cache_dir
+from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
 from chatterbox_vllm.mps import Mps
 from chatterbox_vllm.quantization.estimate import QuantizationMemoryEstimator

@@ -14,7 +14,8 @@ from typing import Final
 
 import torch
 
-from chatterbox_vllm.budget import Demand, Plan, compare
+from chatterbox_vllm.budget import Plan, compare
+from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.demo_checkpoint import networks
 
 GUIDE: Final = (

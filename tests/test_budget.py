@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from vllm import AsyncEngineArgs
 
-from chatterbox_vllm import budget
-from chatterbox_vllm.budget import BLOCK, MIB, Demand, Plan, choose_strategy, compare, longest_frames, parse_bytes, plan
-from chatterbox_vllm.checkpoint import Checkpoint
+from chatterbox_vllm.budget import Plan, choose_strategy, compare, parse_bytes, plan
+from chatterbox_vllm.checkpoint import Checkpoint, resolve
+from chatterbox_vllm.convert import quantize
+from chatterbox_vllm.costs import BLOCK, MIB, Demand, cache_bytes, context_bytes, longest_frames, position_bytes
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import STRATEGIES, Policy
 from chatterbox_vllm.settings import PRESETS
 from chatterbox_vllm.t3.folder import infer_config, model_folder
-from chatterbox_vllm.t3.launch import cache_bytes_per_position, engine_arguments, frugal
+from chatterbox_vllm.t3.launch import cache_bytes_per_position, engine_arguments
 from chatterbox_vllm.vocoder.stage import FEWEST_FRAMES
 from tests.memory_support import GUIDE, Headers, full_headers, guide_row
 
@@ -66,13 +67,24 @@ def test_what_is_no_amount_is_refused(text: str | int) -> None:
 def test_the_cache_is_what_vllm_will_take(demand: Demand) -> None:
     config, sizes = infer_config(demand.checkpoint.t3), demand.estimator.t3_sizes
     one = cache_bytes_per_position(config, 2)
-    assert budget.position_bytes(sizes) == one
+    assert position_bytes(sizes) == one
     assert sizes.vocabulary == config.vocab_size
     made = plan(2**34, demand)
     blocks, rest = divmod(made.t3_arguments["kv_cache_memory_bytes"], BLOCK * one)
     assert rest == 0
     assert blocks == 2 * (640 // BLOCK) + 1  # vLLM keeps one for itself
-    assert budget.cache_bytes(sizes, 641, 1) - budget.cache_bytes(sizes, 640, 1) == BLOCK * one
+    assert cache_bytes(sizes, 641, 1) - cache_bytes(sizes, 640, 1) == BLOCK * one
+
+
+def test_a_quantised_checkpoint_has_the_cache_of_its_source(demo: Checkpoint, tmp_path: Path) -> None:
+    """The scales and zero points beside a matrix are no layers of their own."""
+    quantize(demo, tmp_path / "awq", texts=["Hello there."], tokens=4)
+    ours = Demand(resolve(tmp_path / "awq"), max_batch_size=2, max_model_len=640)
+    source = replace(ours, checkpoint=demo)
+    assert ours.estimator.t3_sizes == source.estimator.t3_sizes
+    plans = [plan(2**33, each) for each in (ours, source)]
+    assert plans[0].t3_arguments["kv_cache_memory_bytes"] == plans[1].t3_arguments["kv_cache_memory_bytes"]
+    assert len({item.bytes for each in plans for item in each.items if "T3's cache" in item.name}) == 1
 
 
 def test_a_plan_is_one_that_the_engine_takes(demand: Demand, demo: Checkpoint, tmp_path: Path) -> None:
@@ -121,9 +133,18 @@ def value(made: Plan) -> tuple[int, int, bool, bool]:
     return made.vocoder_max_frames or 0, tokens, made.vocoder_process, made.enrolment_device == "cuda"
 
 
-def test_the_least_is_t3_s_own_least(demand: Demand) -> None:
-    made = plan(least(demand), demand)
-    assert frugal(2, 640).items() <= dict(made.t3_arguments).items()
+@pytest.mark.parametrize(
+    ("batch", "captured"),
+    [(1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]), (20, [1, 2, 4, 8, 16, 20]), (300, [2**power for power in range(9)])],
+)
+def test_the_least_of_t3(demand: Demand, batch: int, captured: list[int]) -> None:
+    """Only decoding is captured, for batches that double and the largest; a step holds a token of each request."""
+    demand = replace(demand, max_batch_size=batch)
+    arguments = plan(least(demand), demand).t3_arguments
+    assert (arguments["max_num_seqs"], arguments["max_model_len"]) == (batch, 640)
+    assert arguments["max_num_batched_tokens"] >= max(256, batch)
+    assert arguments["compilation_config"] == {"cudagraph_mode": "FULL_DECODE_ONLY"}
+    assert arguments["cudagraph_capture_sizes"] == sorted({*captured, batch})
 
 
 def test_just_enough_is_enough(demand: Demand) -> None:
@@ -186,14 +207,14 @@ def test_contexts_are_counted(demand: Demand) -> None:
     assert contexts(demand, least(demand)) == "CUDA contexts, 1"
     assert contexts(own, least(own)) == "CUDA contexts, 2"
     fewer = replace(own, multiprocessors=28)
-    assert least(own) - least(fewer) == 2 * (budget.context_bytes(132) - budget.context_bytes(28))
+    assert least(own) - least(fewer) == 2 * (context_bytes(132) - context_bytes(28))
 
 
 # On one H200, CUDA 13.0, driver 580: docs/VRAM_OPTIMIZATION.md.
 
 
 def test_a_context_is_as_measured() -> None:
-    assert budget.context_bytes(132) == pytest.approx(618.8 * MIB, rel=0.01)
+    assert context_bytes(132) == pytest.approx(618.8 * MIB, rel=0.01)
 
 
 def test_the_ultra_low_preset_takes_what_was_measured(demand: Demand) -> None:

@@ -379,7 +379,8 @@ def test_b_one_method_for_all_or_one_for_each() -> None:
 
 def test_b_ultra_low_vram_fits_a_card_of_2_gib(full: Headers) -> None:
     """By the arithmetic that decides before anything is loaded; docs/VRAM_OPTIMIZATION.md has what a card then says."""
-    from chatterbox_vllm.budget import Demand, plan
+    from chatterbox_vllm.budget import plan
+    from chatterbox_vllm.costs import Demand
 
     preset = settings_module.PRESETS["ultra-low-vram"]
     demand = Demand(full, max_batch_size=preset["max_batch_size"], max_model_len=preset["max_model_len"])
@@ -431,7 +432,8 @@ def test_c_strategies_are_what_the_report_says() -> None:
 
 
 def test_c_auto_goes_by_free_memory(full: Headers) -> None:
-    from chatterbox_vllm.budget import Demand, choose_strategy
+    from chatterbox_vllm.budget import choose_strategy
+    from chatterbox_vllm.costs import Demand
 
     demand = Demand(full, max_batch_size=1, max_model_len=640)
     chosen = [str(choose_strategy(gib << 30, demand).strategy) for gib in (24, 2)]
@@ -598,7 +600,8 @@ def test_d_memory_is_tunable(started: Started, demo: Checkpoint) -> None:
 
 def test_d_the_defaults_come_from_a_budget(full: Headers) -> None:
     """More memory, more at once; the cache in bytes rather than a share of the card."""
-    from chatterbox_vllm.budget import Demand, plan
+    from chatterbox_vllm.budget import plan
+    from chatterbox_vllm.costs import Demand
 
     small, large = (plan(gib << 30, Demand(full, max_model_len=1024), STRATEGIES["mixed"]) for gib in (4, 16))
     assert small.max_batch_size < large.max_batch_size

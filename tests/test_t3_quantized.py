@@ -19,7 +19,7 @@ from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted, linear_layers
 from chatterbox_vllm.t3.folder import infer_config
 from chatterbox_vllm.t3.footprint import T3Footprint
-from chatterbox_vllm.t3.launch import engine_arguments, frugal, launch
+from chatterbox_vllm.t3.launch import engine_arguments, launch
 from chatterbox_vllm.t3.methods import effective_method, method_arguments
 from chatterbox_vllm.types import SpeechOptions
 from tests.t3_reference import InProcessT3, assert_same, requests
@@ -213,17 +213,10 @@ def test_contradictions_are_named(awq: Checkpoint, monkeypatch: pytest.MonkeyPat
         engine_arguments(config, {"quantization": "bitsandbytes"})
 
 
-def test_frugal_captures_few_graphs() -> None:
-    assert frugal(1, 600)["cudagraph_capture_sizes"] == [1]
-    assert frugal(8, 600)["cudagraph_capture_sizes"] == [1, 2, 4, 8]
-    assert frugal(20, 600)["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 20]
-    assert frugal(300, 600)["max_num_batched_tokens"] >= 300
-
-
 @pytest.mark.usefixtures("gpu")
 def test_a_cache_in_bytes_is_not_compared_with_a_share_of_the_card(demo: Checkpoint) -> None:
     config = infer_config(demo.t3)
-    given = {**frugal(2, 600), "kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.5}
+    given = {"kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.5}
     arguments = engine_arguments(config, given)
     assert arguments["gpu_memory_utilization"] < 0.01
     assert arguments["kv_cache_memory_bytes"] == 1 << 28

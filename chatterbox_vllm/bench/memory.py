@@ -22,6 +22,7 @@ import aiohttp
 from chatterbox_vllm import budget
 from chatterbox_vllm.bench import sentences
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
+from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError
 from chatterbox_vllm.quantization import estimate
 from chatterbox_vllm.quantization.policy import COMPONENTS, STRATEGIES, Policy, QuantizationStrategy, canonical
@@ -79,7 +80,7 @@ def computed(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         CheckpointError, ConfigurationError: the latter, too, where the budget cannot hold what was asked for.
     """
-    demand = budget.Demand(
+    demand = Demand(
         _checkpoint(arguments),
         max_batch_size=arguments.max_batch_size,
         max_model_len=arguments.max_model_len,

@@ -46,8 +46,6 @@ FIXED: Mapping[str, Any] = {
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
 _NO_SHARE = 0.001
-_SLICE = 256
-"""Positions of prompts that ``frugal`` lets vLLM read at once."""
 _CPU_BLOCK = 128
 """Positions in a block of the KV cache, vLLM's default there."""
 _WITHOUT_TRITON = "torch._library.triton"
@@ -138,27 +136,6 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
         # The cache's size is settled; a share of the card would only be compared with what is free at the start.
         of_method["gpu_memory_utilization"] = _NO_SHARE
     return {**defaults, **given, **of_method}
-
-
-def frugal(max_batch_size: int, max_model_len: int) -> dict[str, Any]:
-    """Engine arguments for the least memory at which decoding still runs as CUDA graphs.
-
-    What T3 takes of a card beside weights and KV cache: the activations of the largest batch that vLLM may be handed,
-    for which it profiles, and the pool of its graphs. So prompts are read in slices, and only decoding is captured,
-    for batches of 1, 2, 4 ... requests.
-
-    Args:
-        max_batch_size: requests at once.
-        max_model_len: positions of one request.
-    """
-    sizes = [1 << power for power in range(max_batch_size.bit_length()) if 1 << power < max_batch_size]
-    return {
-        "max_num_seqs": max_batch_size,
-        "max_model_len": max_model_len,
-        "max_num_batched_tokens": max(_SLICE, max_batch_size),
-        "cudagraph_capture_sizes": [*sizes, max_batch_size],
-        "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"},
-    }
 
 
 def _started(folder: Path, arguments: Mapping[str, Any]) -> AsyncLLM:
