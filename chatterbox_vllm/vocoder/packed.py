@@ -63,7 +63,9 @@ class PackedConv(nn.Module):
 
 def pack(estimator: Estimator) -> None:
     """Packs the layers of a float32 estimator on a CPU, in place, where oneDNN is; what is quantised stays."""
-    if torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES:
+    has_kernels = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
+    # They are torch's own, for its compiler, and another version may name them otherwise.
+    if has_kernels and all(hasattr(torch.ops.mkldnn, name) for name in ("_reorder_linear_weight", "_linear_pointwise")):
         _pack_below(estimator)
 
 
