@@ -19,6 +19,7 @@ from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDepen
 from chatterbox_vllm.mps import Mps
 from chatterbox_vllm.quantization.estimate import QuantizationMemoryEstimator
 from chatterbox_vllm.quantization.policy import NONE, VOCODER, Method, Policy, QuantizationStrategy
+from chatterbox_vllm.t3.card import card_memory
 from chatterbox_vllm.t3.footprint import T3Footprint
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
@@ -113,7 +114,7 @@ def settled(setup: Setup) -> Setup:
         return _planned(setup, setup.budget)
     setup = replace(setup, t3={"max_num_seqs": 256, **setup.t3})
     if setup.policy.strategy == QuantizationStrategy.AUTO:
-        free, _ = torch.cuda.mem_get_info()
+        free = card_memory().available
         policy = choose_strategy(free, _demand(setup))
         logger.info("quantization_strategy=auto is %s: %.1f GiB are free", policy.strategy, free / 2**30)
         return replace(setup, policy=policy)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import soundfile
 import torch
 
+from chatterbox_vllm.t3.card import card_memory
 from chatterbox_vllm.tts import ChatterboxTTS
 
 TEXT = "A long text is split at its sentence ends. So a short limit for one utterance is enough, and saves memory."
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wav = model.generate(arguments.text, max_tokens=arguments.max_tokens)
         soundfile.write(arguments.output, wav.squeeze(0).numpy(), model.sr)
         if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
+            total, free = card_memory()
             print(f"{(total - free) / 2**30:.2f} GiB of the card's {total / 2**30:.2f} are in use")
     print(f"{arguments.output}: {wav.shape[1] / model.sr:.1f} s")
 

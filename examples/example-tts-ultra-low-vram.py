@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import soundfile
 import torch
 
+from chatterbox_vllm.t3.card import card_memory
 from chatterbox_vllm.tts import ChatterboxTTS
 
 TEXT = "A card of two gigabytes is enough. It speaks one sentence after the other, and faster than you can listen."
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         soundfile.write(arguments.output, wav.squeeze(0).numpy(), model.sr)
         print(model.get_quantization_info())
         if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
+            total, free = card_memory()
             print(f"{(total - free) / 2**30:.2f} GiB of the card's {total / 2**30:.2f} are in use")
     print(f"{arguments.output}: {wav.shape[1] / model.sr:.1f} s")
 

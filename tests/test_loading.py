@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from vllm.platforms import current_platform
+from vllm.third_party import pynvml
 
 from chatterbox_vllm import loading
 from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
 from chatterbox_vllm.loading import Setup, load, settled
 from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy
+from chatterbox_vllm.t3.card import card_memory
 from chatterbox_vllm.vocoder.guest import GuestHost
 from chatterbox_vllm.vocoder.host import ProcessHost, ThreadHost
 
@@ -101,6 +106,30 @@ def test_a_cpu_has_no_budget_and_no_need_of_a_strategy(setup: Setup) -> None:
         settled(replace(cpu, budget=2**31))
     assert settled(replace(cpu, policy=Policy(strategy="auto"))).policy == NONE
     assert settled(cpu).policy.t3 == "int8"
+
+
+def test_auto_asks_for_free_memory_without_a_cuda_context(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_context() -> None:
+        raise AssertionError("CUDA was asked")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", no_context)
+    monkeypatch.setattr(current_platform, "visible_device_id_to_physical_device_id", {0: 3}.__getitem__)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    cards = {3: SimpleNamespace(total=8 * 2**30, free=6 * 2**30)}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", cards.__getitem__)
+    monkeypatch.setattr(loading, "choose_strategy", lambda free, demand: {6 * 2**30: STRATEGIES["mixed"]}[free])
+    assert card_memory() == (8 * 2**30, 6 * 2**30)
+    assert settled(replace(setup, policy=Policy(strategy="auto"))).policy == STRATEGIES["mixed"]
+
+
+def test_without_nvml_cuda_tells_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1, 2))
+    assert card_memory() == (2, 1)
 
 
 def test_a_budget_becomes_arguments(setup: Setup) -> None:
