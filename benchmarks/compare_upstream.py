@@ -22,7 +22,7 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -32,11 +32,11 @@ from typing import Any, TypeVar
 import torch
 
 from chatterbox_vllm import upstream
-from chatterbox_vllm.bench import sentences
+from chatterbox_vllm.bench.pipeline import Pipeline, spoken_texts, timed_rounds
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import DERIVED_KEYS, Checkpoint, load_strict, load_tensors, resolve
 from chatterbox_vllm.demo_checkpoint import networks
-from chatterbox_vllm.engine import AsyncChatterbox, together
+from chatterbox_vllm.engine import AsyncChatterbox
 from chatterbox_vllm.t3.folder import infer_config
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.tokenise import load_tokenizer
@@ -47,7 +47,6 @@ from chatterbox_vllm.types import (
     STOP_TEXT,
     TOKEN_RATE,
     SpeechOptions,
-    SpeechRequest,
     VoiceFeatures,
 )
 
@@ -129,8 +128,8 @@ class Upstream:
 def run_upstream(arguments: argparse.Namespace, checkpoint: Checkpoint, voice: VoiceFeatures) -> dict[str, float]:
     """Way a, and upstream's S3Gen alone."""
     frontend = TextFrontend(load_tokenizer(checkpoint), multilingual=checkpoint.variant.is_multilingual)
-    texts = [frontend.one(text, "en") for text in spoken_texts(arguments, arguments.upstream_utterances)]
     theirs, count = Upstream(checkpoint, voice), arguments.max_tokens
+    texts = [frontend.one(text, "en") for text in spoken_texts(arguments.upstream_utterances, count)]
     theirs.sound(theirs.tokens(texts[0], 10))
     pipeline = [timed(lambda text: theirs.sound(theirs.tokens(text, count)), text) for text in texts]
     theirs.sound(random_speech(0, count))
@@ -153,19 +152,8 @@ def timed(work: Callable[[T], torch.Tensor], argument: T) -> tuple[float, float]
     return time.perf_counter() - started, len(samples) / SAMPLE_RATE
 
 
-def spoken_texts(arguments: argparse.Namespace, count: int) -> list[str]:
-    """Texts of about as many seconds as tokens are allowed."""
-    return [sentences.text(seed, arguments.max_tokens / TOKEN_RATE) for seed in range(count)]
-
-
 async def run_ours(arguments: argparse.Namespace, checkpoint: Checkpoint, voice: VoiceFeatures) -> dict[str, Any]:
     """T3 alone, and way c."""
-    options = SpeechOptions(max_tokens=arguments.max_tokens, diffusion_steps=arguments.steps)
-    language = "en" if checkpoint.variant.is_multilingual else None
-    requests = [
-        SpeechRequest(text, voice, language, options.but(seed=seed))
-        for seed, text in enumerate(spoken_texts(arguments, arguments.texts))
-    ]
     engine = await AsyncChatterbox.start(
         checkpoint,
         max_batch_size=arguments.max_batch_size or arguments.texts,
@@ -174,33 +162,17 @@ async def run_ours(arguments: argparse.Namespace, checkpoint: Checkpoint, voice:
         watermark=False,
         **arguments.engine_args,
     )
-
-    async def tokens(request: SpeechRequest) -> float:
-        return len(await engine.speech_tokens(request, min_tokens=arguments.max_tokens)) / TOKEN_RATE
-
-    async def sound(request: SpeechRequest) -> float:
-        spoken = torch.tensor(await engine.speech_tokens(request, min_tokens=arguments.max_tokens))
-        seed = request.options.seed or 0
-        samples = await engine.synthesize(spoken, voice, seed=seed, diffusion_steps=arguments.steps)
-        return len(samples) / SAMPLE_RATE
-
     try:
-        return {"t3": await rounds(tokens, requests, arguments), "pipeline": await rounds(sound, requests, arguments)}
+        ours = Pipeline(engine, SpeechOptions(max_tokens=arguments.max_tokens, diffusion_steps=arguments.steps))
+        requests = ours.requests(arguments.texts, voice)
+        ways = {"t3": ours.tokens, "pipeline": ours.sound}
+        return {name: summary(*await timed_rounds(way, requests, arguments.rounds)) for name, way in ways.items()}
     finally:
         await engine.shutdown()
 
 
-async def rounds(
-    speak: Callable[[SpeechRequest], Coroutine[Any, Any, float]],
-    requests: list[SpeechRequest],
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
-    """All requests at once, ``--rounds`` times after once; ``speak`` gives seconds of sound."""
-    audio, seconds = 0.0, []
-    for _ in range(1 + arguments.rounds):
-        started = time.perf_counter()
-        audio = sum(await together([speak(request) for request in requests]))
-        seconds.append(time.perf_counter() - started)
+def summary(audio: float, seconds: list[float]) -> dict[str, Any]:
+    """Of rounds that gave so many seconds of sound each."""
     middle = median(seconds[1:])
     return {"seconds": middle, "all_seconds": seconds, "audio_seconds": audio, "realtime_factor": audio / middle}
 

@@ -11,8 +11,6 @@ twice, and the second time nothing is compiled or converted anew.
 Prints, in MiB: the weights of T3's linear layers, of all of T3, and of the vocoder; what torch had allocated at most in
 all processes, and reserved in the end; and what NVML says of the whole card, so let nobody else be on it. Then T3's
 tokens a second for each number of requests, and the pipeline with the largest of these at once, without watermark.
-
-Needs pynvml (the extra ``bench``).
 """
 
 from __future__ import annotations
@@ -28,15 +26,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pynvml
 import torch
 
-from chatterbox_vllm.bench import sentences
+from chatterbox_vllm.bench.pipeline import Pipeline, timed_rounds
 from chatterbox_vllm.bench.workload import random_voice
 from chatterbox_vllm.checkpoint import resolve
-from chatterbox_vllm.engine import AsyncChatterbox, together
+from chatterbox_vllm.engine import AsyncChatterbox
 from chatterbox_vllm.quantization.policy import STRATEGIES
-from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE, SpeechOptions, SpeechRequest
+from chatterbox_vllm.t3.card import card_memory
+from chatterbox_vllm.types import TOKEN_RATE, SpeechOptions
 
 MIB = 2**20
 
@@ -57,9 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 def measured(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
     """One row."""
-    pynvml.nvmlInit()
-    before = card_bytes()
-    return asyncio.run(run(arguments, method, before))
+    return asyncio.run(run(arguments, method, card_bytes()))
 
 
 async def run(arguments: argparse.Namespace, method: str, before: int) -> dict[str, Any]:
@@ -76,36 +72,14 @@ async def run(arguments: argparse.Namespace, method: str, before: int) -> dict[s
         watermark=False,
     )
     start_seconds = time.perf_counter() - started
-    voice = random_voice(0, prompt_tokens=250)
-    language = "en" if checkpoint.variant.is_multilingual else None
-    options = SpeechOptions(max_tokens=arguments.tokens)
-    requests = [
-        SpeechRequest(sentences.text(seed, arguments.tokens / TOKEN_RATE), voice, language, options.but(seed=seed))
-        for seed in range(most)
-    ]
-
-    async def tokens(request: SpeechRequest) -> list[int]:
-        return await engine.speech_tokens(request, min_tokens=arguments.tokens)
-
-    async def sound(request: SpeechRequest) -> float:
-        spoken = torch.tensor(await tokens(request))
-        samples = await engine.synthesize(spoken, voice, seed=request.options.seed or 0)
-        return len(samples) / SAMPLE_RATE
-
-    async def seconds_for(count: int, work: Any) -> tuple[float, list[Any]]:
-        taken, results = [], []
-        for _ in range(1 + arguments.rounds):
-            began = time.perf_counter()
-            results = await together([work(request) for request in requests[:count]])
-            taken.append(time.perf_counter() - began)
-        return median(taken[1:]), results
-
     try:
+        pipeline = Pipeline(engine, SpeechOptions(max_tokens=arguments.tokens))
+        requests = pipeline.requests(most, random_voice(0))
         speeds = {}
         for count in arguments.requests:
-            seconds, spoken = await seconds_for(count, tokens)
-            speeds[count] = sum(map(len, spoken)) / seconds
-        seconds, sounds = await seconds_for(most, sound)
+            audio, seconds = await timed_rounds(pipeline.tokens, requests[:count], arguments.rounds)
+            speeds[count] = TOKEN_RATE * audio / median(seconds[1:])
+        audio, seconds = await timed_rounds(pipeline.sound, requests, arguments.rounds)
         memory, info = await engine.memory(), engine.quantization_info()
     finally:
         card = card_bytes() - before
@@ -123,14 +97,15 @@ async def run(arguments: argparse.Namespace, method: str, before: int) -> dict[s
         "plan_bytes": sum(memory["items"].values()),
         "memory": memory,
         "tokens_per_second": speeds,
-        "realtime_factor": sum(sounds) / seconds,
+        "realtime_factor": audio / median(seconds[1:]),
         "start_seconds": start_seconds,
     }
 
 
 def card_bytes() -> int:
     """In use on the whole of the first card."""
-    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+    total, free = card_memory()
+    return total - free
 
 
 def header(requests: Sequence[int]) -> str:
@@ -158,10 +133,9 @@ def main() -> None:
             rows.append(alone.submit(measured, arguments, method).result())
         print(line(rows[-1]), flush=True)
     if arguments.json is not None:
-        pynvml.nvmlInit()
-        device = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
-        options = {name: value for name, value in vars(arguments).items() if name != "json"} | {"device": device}
-        arguments.json.write_text(json.dumps({"arguments": options, "results": rows}, indent=1, default=str))
+        options = {name: value for name, value in vars(arguments).items() if name != "json"}
+        result = {"device": torch.cuda.get_device_name(), "arguments": options, "results": rows}
+        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

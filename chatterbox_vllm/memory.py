@@ -1,10 +1,14 @@
-"""The memory that this process may take: the machine's, or less where a control group (a container) sets a limit."""
+"""The memory that this process may take: the machine's, or less where a control group (a container) sets a limit; and
+what torch has of a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -27,6 +31,23 @@ def memory(proc: Path = _PROC, cgroup: Path = _CGROUP) -> Memory:
             total = min(total, limit)
             available = min(available, max(limit - used + _page_cache(group), 0))
     return Memory(total, min(available, total))
+
+
+class TorchMemory(NamedTuple):
+    """Bytes of a GPU that torch has allocated now and at its peak, and that it has reserved; 0 on a CPU."""
+
+    allocated: int
+    peak: int
+    reserved: int
+
+
+def torch_memory(device: torch.device | None = None) -> TorchMemory:
+    """By default of the current GPU."""
+    from torch import cuda
+
+    if not cuda.is_available() or (device is not None and device.type != "cuda"):
+        return TorchMemory(0, 0, 0)
+    return TorchMemory(cuda.memory_allocated(device), cuda.max_memory_allocated(device), cuda.memory_reserved(device))
 
 
 def _machine(proc: Path) -> Memory:

@@ -100,12 +100,16 @@ def test_the_estimator_agrees_for_packed_rows(networks, monkeypatch):
 
 def without_card(monkeypatch):
     """Has what is needed of a card computed by the interpreter."""
-    from chatterbox_vllm.vocoder.cuda import graphs
+    from chatterbox_vllm.vocoder.cuda import backend, graphs
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
     )
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    for module in (backend, graphs):
+        monkeypatch.setattr(module, "to_device", lambda tensor, _: tensor)
+    monkeypatch.setattr(backend, "Captured", Called)
     monkeypatch.setattr(graphs.GraphSolver, "_captured", played)
     monkeypatch.setattr(graphs, "SMALLEST", 128)
 
@@ -145,9 +149,6 @@ def test_a_quantised_flow_is_one_with_the_decoded_weights(method, monkeypatch):
 
     if not ON_CARD:
         without_card(monkeypatch)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(backend, "Captured", Called)
-        monkeypatch.setattr(backend, "to_device", lambda tensor, _: tensor)
     packed = built()
     weights.quantize(packed, {"flow_encoder": method, "estimator": method})
     plain = built()
@@ -179,9 +180,6 @@ def test_batches_go_through_the_encoder_in_the_sizes_of_its_graphs(networks, mon
 
     if not ON_CARD:
         without_card(monkeypatch)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(backend, "Captured", Called)
-        monkeypatch.setattr(backend, "to_device", lambda tensor, _: tensor)
     options = {"device": DEVICE, "dtype": torch.float16, "frames": 512}
     captured = backend.CudaBackend(built(), frugal=False, **options)
     launched = backend.CudaBackend(built(), frugal=True, **options)

@@ -21,6 +21,7 @@ import aiohttp
 
 from chatterbox_vllm import budget
 from chatterbox_vllm.bench import sentences
+from chatterbox_vllm.bench.numbers import count
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError
@@ -53,25 +54,18 @@ def parser() -> argparse.ArgumentParser:
     computed.add_argument("--quantization", metavar="METHOD", help="of T3: none, bnb-4bit, bnb-8bit, awq, int8, fp8")
     computed.add_argument("--quantization-strategy", choices=_STRATEGIES, help="of everything")
     computed.add_argument("--vram-budget", metavar="BYTES", help="for everything together, as 2GiB")
-    computed.add_argument("--max-batch-size", type=_count, metavar="N", help="utterances at once (default: what fits)")
-    computed.add_argument("--max-model-len", type=_count, default=1024, metavar="N", help="positions (default: 1024)")
+    computed.add_argument("--max-batch-size", type=count, metavar="N", help="utterances at once (default: what fits)")
+    computed.add_argument("--max-model-len", type=count, default=1024, metavar="N", help="positions (default: 1024)")
     computed.add_argument("--vocoder-elsewhere", action="store_true", help="the vocoder has another device")
     computed.add_argument(
-        "--multiprocessors", type=_count, default=132, metavar="N", help="of the card (default: 132, an H200's)"
+        "--multiprocessors", type=count, default=132, metavar="N", help="of the card (default: 132, an H200's)"
     )
     live = made.add_argument_group("measured")
     live.add_argument("--url", help="of a running server, as http://127.0.0.1:8000")
-    live.add_argument("--requests", type=_count, default=4, help="that it speaks first, at once (default: %(default)s)")
+    live.add_argument("--requests", type=count, default=4, help="that it speaks first, at once (default: %(default)s)")
     live.add_argument("--seconds", type=float, default=10.0, help="of each (default: %(default)s)")
     live.add_argument("--timeout", type=float, default=300.0, help="seconds for them (default: %(default)s)")
     return made
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def computed(arguments: argparse.Namespace) -> dict[str, Any]:

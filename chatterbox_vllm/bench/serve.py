@@ -21,6 +21,7 @@ import aiohttp
 
 from chatterbox_vllm.bench import report, sentences, traffic
 from chatterbox_vllm.bench.client import Answer, Transfer, answer, transfer
+from chatterbox_vllm.bench.numbers import count, positive
 from chatterbox_vllm.bench.observers import Counters, Gpu, Lag
 from chatterbox_vllm.bench.report import Level
 from chatterbox_vllm.errors import ConfigurationError, EngineError
@@ -40,22 +41,22 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--url", default="http://127.0.0.1:8000", help="(default: %(default)s)")
     server.add_argument("--endpoint", default="/v1/audio/speech", help="(default: %(default)s)")
     server.add_argument("--api-key", default=os.environ.get(KEY), help=f"better: the variable {KEY}")
-    server.add_argument("--timeout", type=_positive, default=60.0, help="seconds without a byte that are a failure")
+    server.add_argument("--timeout", type=positive, default=60.0, help="seconds without a byte that are a failure")
     server.add_argument("--gpu", type=int, default=0, help="NVML's number of a local server's card")
     asked = made.add_argument_group("each request")
     asked.add_argument("--model-name", default="chatterbox", help="the field model (default: %(default)s)")
     asked.add_argument("--voice", default="default", help="(default: %(default)s)")
     asked.add_argument("--response-format", choices=("pcm", "wav"), default="pcm", help="(default: %(default)s)")
-    asked.add_argument("--seconds", type=_positive, default=10.0, help="length of the built-in texts, about")
+    asked.add_argument("--seconds", type=positive, default=10.0, help="length of the built-in texts, about")
     asked.add_argument("--text-file", type=Path, help="texts, one a line, instead of the built-in ones")
     asked.add_argument("--max-tokens", type=int, help="the field max_tokens: 25 are a second of sound")
     asked.add_argument("--extra-body", type=_object, default={}, help="more fields, as JSON; null takes one away")
     load = made.add_argument_group("the load")
     load.add_argument("--arrival", choices=traffic.ARRIVALS, default="closed", help="(default: %(default)s)")
-    load.add_argument("--concurrency", type=_count, nargs="+", default=[1, 4, 16, 64], help="levels; closed and burst")
-    load.add_argument("--rate", type=_positive, nargs="+", help="levels of poisson: requests a second")
+    load.add_argument("--concurrency", type=count, nargs="+", default=[1, 4, 16, 64], help="levels; closed and burst")
+    load.add_argument("--rate", type=positive, nargs="+", help="levels of poisson: requests a second")
     load.add_argument(
-        "--requests", type=_count, help="of a level, at least one a client (default: 3 x its load, at least 16)"
+        "--requests", type=count, help="of a level, at least one a client (default: 3 x its load, at least 16)"
     )
     load.add_argument("--ramp", type=float, default=1.0, help="closed: seconds over which the clients begin")
     load.add_argument(
@@ -68,25 +69,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="the most clients without underrun or failure, from --concurrency's first",
     )
-    load.add_argument("--find-max-limit", type=_count, default=1024, help="the most that are tried")
-    load.add_argument("--resolution", type=_count, default=1, help="of --find-max, in clients")
+    load.add_argument("--find-max-limit", type=count, default=1024, help="the most that are tried")
+    load.add_argument("--resolution", type=count, default=1, help="of --find-max, in clients")
     made.add_argument("--json", type=Path, help="write everything here, each request included")
     made.add_argument("--plot", type=Path, help=f"draw it ({', '.join(report.PLOTS)}); needs matplotlib")
     return made
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError("must be more than 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _object(text: str) -> dict[str, Any]:

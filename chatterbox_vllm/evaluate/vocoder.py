@@ -31,7 +31,7 @@ def quantized_vocoder(path: Path, policy: Policy, device: str = "cpu") -> Vocode
     for component, parts in quantizable(networks).items():
         for part in parts:
             quantize(part, policy.methods[component])
-    return Vocoder(networks)
+    return Vocoder(networks, exact=True)
 
 
 def vocode(vocoder: Vocoder, tokens: Tensor, voice: VoiceFeatures, options: SpeechOptions) -> tuple[Tensor, Tensor]:

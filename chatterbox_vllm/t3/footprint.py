@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
+
+from chatterbox_vllm.memory import torch_memory
 
 EXTENSION = f"{__name__}.Footprint"
 """vLLM's ``worker_extension_cls``."""
@@ -56,7 +57,7 @@ class Footprint:
 
     def t3_footprint(self) -> dict[str, int]:
         """``T3Footprint`` of this rank, as a dictionary, which vLLM can send."""
-        return {**weigh(self.get_model()), **_torch_memory()}  # type: ignore[attr-defined]
+        return {**weigh(self.get_model()), **torch_memory()._asdict()}  # type: ignore[attr-defined]
 
 
 def weigh(model: nn.Module) -> dict[str, int]:
@@ -105,13 +106,3 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _torch_memory() -> dict[str, int]:
-    if not torch.cuda.is_available():
-        return {"allocated": 0, "peak": 0, "reserved": 0}
-    return {
-        "allocated": torch.cuda.memory_allocated(),
-        "peak": torch.cuda.max_memory_allocated(),
-        "reserved": torch.cuda.memory_reserved(),
-    }

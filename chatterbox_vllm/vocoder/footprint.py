@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chatterbox_vllm.memory import torch_memory
 from chatterbox_vllm.quantization.matrices import QuantizedLinear, matrices_of
 from chatterbox_vllm.vocoder.weights import Networks, quantizable
 
@@ -43,14 +44,7 @@ def footprint(parts: Mapping[str, Any], saved: Mapping[str, int]) -> VocoderFoot
 
 def measured(footprint: VocoderFootprint, device: torch.device) -> VocoderFootprint:
     """With what torch counts now."""
-    if device.type != "cuda":
-        return footprint
-    return replace(
-        footprint,
-        allocated=torch.cuda.memory_allocated(device),
-        peak=torch.cuda.max_memory_allocated(device),
-        reserved=torch.cuda.memory_reserved(device),
-    )
+    return replace(footprint, **torch_memory(device)._asdict())
 
 
 def savings(networks: Networks, dtypes: Mapping[str, torch.dtype]) -> dict[str, int]:

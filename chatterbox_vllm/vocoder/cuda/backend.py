@@ -80,10 +80,8 @@ class CudaBackend:
     def mu(self, tokens: Sequence[Tensor]) -> Tensor:
         """See ``Backend.mu``."""
         longest = max(len(row) for row in tokens)
-        rows, length = captured = self._padded(len(tokens), longest)
-        is_captured = self._is_captured(*captured)
-        if not is_captured:
-            rows, length = len(tokens), _rounded(longest, ALIGNMENT)
+        captured = self._graph_of(len(tokens), longest)
+        rows, length = captured or (len(tokens), _rounded(longest, ALIGNMENT))
         ids = torch.zeros(rows, length, dtype=torch.int64)
         for row, own in zip(ids, tokens, strict=False):
             row[: len(own)] = own
@@ -91,20 +89,20 @@ class CudaBackend:
         lengths = torch.tensor([len(row) for row in tokens] + [length] * (rows - len(tokens)))
         mask = torch.arange(length) < lengths[:, None]
         inputs = to_device(ids, self._device), to_device(mask, self._device)
-        if not is_captured:
+        if captured is None:
             return self._encoded(*inputs)
         if captured not in self._captured:
             self._captured[captured] = Captured(self._encoded, inputs, self._pool)
         return self._captured[captured](*inputs)[: len(tokens)]
 
-    def _padded(self, rows: int, longest: int) -> tuple[int, int]:
-        """Rows and tokens of the graph for a batch."""
-        return 1 << (rows - 1).bit_length(), _rounded(longest, _CAPTURED)
-
-    def _is_captured(self, rows: int, length: int) -> bool:
+    def _graph_of(self, rows: int, longest: int) -> tuple[int, int] | None:
+        """Rows and tokens of the graph for a batch, if there is to be one."""
+        rows, length = 1 << (rows - 1).bit_length(), _rounded(longest, _CAPTURED)
         if rows == 1:
-            return length <= self._longest_captured
-        return length <= _LONGEST_CAPTURED and rows * length <= self._most_captured
+            fits = length <= self._longest_captured
+        else:
+            fits = length <= _LONGEST_CAPTURED and rows * length <= self._most_captured
+        return (rows, length) if fits else None
 
     def _encoded(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self._projection(self._encoder(self._embedding(ids), mask))
@@ -143,7 +141,7 @@ class CudaBackend:
         sizes = [(count, length) for count in rows for length in range(_CAPTURED, _LONGEST_CAPTURED + 1, _CAPTURED)]
         # What needs less finds the graphs' memory there; attention's scores need most.
         for count, length in sorted(sizes, key=lambda size: -size[0] * size[1] ** 2):
-            if self._is_captured(count, length):
+            if self._graph_of(count, length):
                 self.mu([torch.zeros(length, dtype=torch.int64)] * count)
 
 
