@@ -1,9 +1,12 @@
-"""Texts to be spoken, the same for every server that is compared."""
+"""Texts to be spoken: our own, the same for every server that is compared, or a file's."""
 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Final
+
+from chatterbox_vllm.errors import ConfigurationError
 
 CHARACTERS_A_SECOND: Final = 15.0
 """English read aloud, roughly."""
@@ -33,6 +36,21 @@ _SENTENCES: Final = (
     "Every seat was taken, so we stood at the back.",
     "That was the year the bridge was closed for repairs.",
 )
+
+
+def read(file: Path, param: str) -> list[str]:
+    """The texts of a file, one a line.
+
+    Raises:
+        ConfigurationError: it cannot be read, or has none; names the option ``param``.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{param} {file} cannot be read as UTF-8 ({error})", param=param) from error
+    if not (texts := [line.strip() for line in lines if line.strip()]):
+        raise ConfigurationError(f"{param} {file} holds no text; write a text on each line", param=param)
+    return texts
 
 
 def text(seed: int, seconds: float) -> str:

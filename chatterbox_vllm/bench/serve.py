@@ -171,14 +171,7 @@ class Bench:
 def _texts(arguments: argparse.Namespace) -> Iterator[str]:
     if arguments.text_file is None:
         return (sentences.text(seed, arguments.seconds) for seed in itertools.count(1_000_000 * arguments.seed))
-    try:
-        lines = arguments.text_file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"cannot read --text-file {arguments.text_file}: {error}") from error
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise ConfigurationError(f"--text-file {arguments.text_file} has no text")
-    return itertools.cycle(texts)
+    return itertools.cycle(sentences.read(arguments.text_file, "--text-file"))
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from chatterbox_vllm.bench.sentences import text as sentences
+from chatterbox_vllm.bench import sentences
 from chatterbox_vllm.checkpoint import DEMO_MARKER, Checkpoint, load_tensors, resolve
 from chatterbox_vllm.convert.calibration import record
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.out,
         method=arguments.method,
         group_size=arguments.group_size,
-        texts=None if arguments.texts is None else _lines(arguments.texts),
+        texts=None if arguments.texts is None else sentences.read(arguments.texts, "--texts"),
         language=arguments.language,
         tokens=arguments.tokens,
         device=arguments.device,
@@ -168,7 +168,7 @@ def _voice(checkpoint: Checkpoint) -> VoiceFeatures:
 def _spoken(checkpoint: Checkpoint, texts: Sequence[str] | None, language: str | None) -> list[list[int]]:
     """Ids of each text, without start and stop."""
     frontend = TextFrontend(load_tokenizer(checkpoint), multilingual=checkpoint.variant.is_multilingual)
-    chosen = [sentences(seed, _SECONDS) for seed in range(TEXTS)] if texts is None else texts
+    chosen = [sentences.text(seed, _SECONDS) for seed in range(TEXTS)] if texts is None else texts
     return [frontend.one(text, language or "en", param="--texts") for text in chosen]
 
 
@@ -211,13 +211,3 @@ def _link(file: Path, target: Path) -> None:
         target.hardlink_to(file.resolve())
     except OSError:
         shutil.copyfile(file, target)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} cannot be read as texts: {error}", param="--texts") from error
-    if not any(lines):
-        raise ConfigurationError(f"{path} holds no text; write one a line", param="--texts")
-    return [line for line in lines if line]

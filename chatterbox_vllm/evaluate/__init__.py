@@ -20,7 +20,6 @@ from tqdm import tqdm
 from chatterbox_vllm.bench import sentences
 from chatterbox_vllm.bench.report import check_plot
 from chatterbox_vllm.checkpoint import Checkpoint, resolve
-from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.evaluate import report
 from chatterbox_vllm.evaluate.compare import Comparison, summary
 from chatterbox_vllm.evaluate.methods import contender
@@ -58,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot is not None:
         check_plot(arguments.plot)
     options = SpeechOptions(seed=arguments.seed, max_tokens=arguments.max_tokens, diffusion_steps=arguments.steps)
-    texts, checkpoint = _texts(arguments.texts), resolve(arguments.model)
+    own = [sentences.text(seed, _SECONDS) for seed in range(OWN_TEXTS)]
+    texts = own if arguments.texts is None else sentences.read(arguments.texts, "--texts")
+    checkpoint = resolve(arguments.model)
     a = contender(arguments.method, checkpoint, "--method")
     b = contender(arguments.against, checkpoint, "--against")
     recogniser = None if arguments.asr is None else Recogniser(arguments.asr, arguments.device)
@@ -76,18 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot is not None:
         report.plot(arguments.plot, a, b, rows, is_demo=is_demo)
     return 0
-
-
-def _texts(file: Path | None) -> list[str]:
-    if file is None:
-        return [sentences.text(seed, _SECONDS) for seed in range(OWN_TEXTS)]
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"--texts {file} cannot be read as UTF-8 ({error})", param="--texts") from error
-    if not (texts := [line.strip() for line in lines if line.strip()]):
-        raise ConfigurationError(f"--texts {file} is empty; write a text on each line", param="--texts")
-    return texts
 
 
 def _voice(checkpoint: Checkpoint, wanted: str | None, device: str) -> VoiceFeatures:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chatterbox_vllm.errors import ConfigurationError, MissingDependency
+from chatterbox_vllm.quantization.packing import row_codes
 from chatterbox_vllm.quantization.policy import Method
 
 BLOCK: Final = 64
@@ -126,7 +127,7 @@ def quantized(weight: Tensor, method: str) -> Matrix:
     if method == Method.BNB_4BIT:
         return _four_bit(weight)
     if method in {Method.BNB_8BIT, Method.INT8}:
-        return _eight_bit(weight)
+        return EightBit(*row_codes(weight))
     raise ConfigurationError(f"{method!r} is no method for matrices; use bnb-4bit, bnb-8bit or int8", param="method")
 
 
@@ -136,13 +137,6 @@ def _four_bit(weight: Tensor) -> FourBit:
     )
     outputs, inputs = weight.shape
     return FourBit(codes.flatten(), state.absmax, state.state2.absmax, state.offset, (outputs, inputs))
-
-
-def _eight_bit(weight: Tensor) -> EightBit:
-    scales = weight.float().abs().amax(dim=1)
-    # A row of zeros has no scale; its codes are zeros whatever it is divided by.
-    codes = torch.round(weight * (127.0 / scales.clamp(min=torch.finfo(torch.float32).tiny))[:, None])
-    return EightBit(codes.to(torch.int8), scales)
 
 
 @cache

@@ -177,11 +177,24 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (outputs, inputs) int8 from -127 to 127, and (outputs, 1) float32: ``codes * scale`` is the matrix.
     """
+    codes, largest = row_codes(weight)
+    return codes, (_divisor(largest) / 127)[:, None]
+
+
+def row_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``round_rows``, with the (outputs,) largest magnitudes of the rows in place of scales; 0 for a row of zeros."""
     import torch
 
     wide = weight.float()
-    largest = wide.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return (wide * (127 / largest)).round().to(torch.int8), largest / 127
+    largest = wide.abs().amax(1)
+    return (wide * (127 / _divisor(largest))[:, None]).round().to(torch.int8), largest
+
+
+def _divisor(largest: Tensor) -> Tensor:
+    """A row of zeros has zeros for codes, whatever it is divided by, but 0."""
+    import torch
+
+    return largest.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def pack(codes: Tensor) -> Tensor:
