@@ -65,7 +65,7 @@ PROMPT_POSITIONS: Final = 38
 RECORDING_FRAMES: Final = 500
 """Mel frames of a voice's recording, at most."""
 _SMALLEST_ROOM: Final = 1_024
-"""Frames of the solver's smallest graph; each further one is for twice as many."""
+"""Frames of the solver's second graph; there is one for fewer, and each further one is for twice as many."""
 _CAPTURED: Final = (640, 768)
 """Tokens of the encoder's and frames of HiFT's largest graphs."""
 _LOGIT_BYTES: Final = 32
@@ -203,7 +203,7 @@ def _t3_activations(sizes: T3Sizes, policy: Policy, choice: Choice) -> int:
 
 def _vocoder_items(weights: Estimate, choice: Choice, longest: int, shared: int) -> list[Item]:
     """With so many bytes of its activations shared."""
-    frames, room, graphs = choice.frames, _SMALLEST_ROOM, 1
+    frames, room, graphs = choice.frames, _SMALLEST_ROOM, 2
     while room < frames:
         room, graphs = 2 * room, graphs + 1
     methods = (weights.policy.flow_encoder, weights.policy.estimator)

@@ -98,6 +98,28 @@ def test_the_estimator_agrees_for_packed_rows(networks, monkeypatch):
         assert (alone - actual[1]).abs().max() < 0.01
 
 
+@needs_triton
+def test_a_graph_serves_every_batch_that_it_has_room_for():
+    from chatterbox_vllm.vocoder.cuda.graphs import _size_for
+
+    sizes = {_size_for(frames, utterances=1) for frames in range(1, 8193)}
+    assert sizes == {640, 1024, 2048, 4096, 8192}
+    assert all(rows % 128 == 0 for rows in sizes)  # the largest tile's
+    assert [_size_for(*batch) for batch in ((640, 1), (641, 1), (100, 66), (100, 67))] == [640, 1024, 640, 1024]
+
+
+@needs_triton
+def test_the_gelu_is_the_exact_one():
+    from chatterbox_vllm.vocoder.cuda import kernels
+
+    x = (torch.arange(-512, 512).view(16, 64) / 64).to(DEVICE)  # tensor cores' products of these with 1 are exact
+    out, used = torch.empty_like(x), torch.tensor([16], dtype=torch.int32, device=DEVICE)
+    sizes = {"INPUTS": 16, "OUTPUTS": 64, "ROWS": 16, "COLUMNS": 64, "DEPTH": 16}
+    eye, bias = torch.eye(16, device=DEVICE), torch.zeros(64, device=DEVICE)
+    kernels.matmul[(1, 1)](eye, x, bias, out, used, GELU=True, OVERLAP=False, **sizes)
+    assert (out - torch.nn.functional.gelu(x)).abs().max() < 4e-6
+
+
 def without_card(monkeypatch):
     """Has what is needed of a card computed by the interpreter."""
     from chatterbox_vllm.vocoder.cuda import backend, graphs
@@ -109,6 +131,7 @@ def without_card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     for module in (backend, graphs):
         monkeypatch.setattr(module, "to_device", lambda tensor, _: tensor)
+    monkeypatch.setattr(backend, "pinned", lambda tensor, _: tensor)
     monkeypatch.setattr(backend, "Captured", Called)
     monkeypatch.setattr(graphs.GraphSolver, "_captured", played)
     monkeypatch.setattr(graphs, "SMALLEST", 128)
@@ -243,6 +266,10 @@ def test_tiles_fit_a_multiprocessor():
     assert large.within(227 * 1024) == large
     assert large.within(99 * 1024).stages == 2
     assert large.fitting(columns=320, depth=80) == Tile(rows=128, columns=64, depth=16, warps=8, stages=3)
-    for rows in (1024, 4096, 65_536):
-        for tile in vars(Tiling.of(rows, width=256, shared_memory=99 * 1024)).values():
-            assert 2 * tile.stages * (tile.rows + tile.columns) * tile.depth <= 99 * 1024
+    for rows in (1024, 2048, 4096, 65_536):
+        for memory in (64 * 1024, 99 * 1024, 227 * 1024):
+            products = vars(Tiling.of(rows, width=256, shared_memory=memory))
+            queries = products.pop("attention")
+            assert 2 * queries.depth * (queries.rows + 2 * queries.stages * queries.columns) <= memory
+            for tile in products.values():
+                assert 2 * tile.stages * (tile.rows + tile.columns) * tile.depth <= memory

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from chatterbox_vllm.quantization import matrices
-from chatterbox_vllm.vocoder.cuda.kernels import _begin
+from chatterbox_vllm.vocoder.cuda.kernels import _wait
 
 _TILE: tl.constexpr = tl.constexpr(matrices.BLOCK)
 _OUTER: tl.constexpr = tl.constexpr(matrices.OUTER_BLOCK)
@@ -28,7 +28,7 @@ def _store(weight, tile, out, TRANSPOSED: tl.constexpr, OVERLAP: tl.constexpr):
     row, column = tl.arange(0, _TILE)[:, None], tl.arange(0, _TILE)[None, :]
     target, stride = tl.load(tile + 4), tl.load(tile + 5)
     at = row + column * stride if TRANSPOSED else row * stride + column
-    _begin(OVERLAP)
+    _wait(OVERLAP)
     tl.store(out + target + at, weight.to(out.dtype.element_ty))
 
 

@@ -34,7 +34,8 @@ class Rows:
     Args:
         place: (M,) int32, a row's distance from its sequence's start.
         used: (1,) int32, rows in use; they come first.
-        tiles: (T, 3) int32: an attention tile's first row, its sequence's first row and end; 0, 0, 0 for none.
+        tiles: (T, 3) int32: an attention tile's first row, its sequence's first row and end; 0, 0, 0 for none. Those
+            for none come last.
         pairs: (M / 2, 2) int32, where a frame's guided and its unguided row are.
         frames: (1,) int32, frames in use.
         inputs: (M, 320) half precision: noisy mel, mu, speaker and condition side by side; all but the first is zero in
@@ -162,13 +163,13 @@ class PackedEstimator:
         return torch.stack([mlp(time) for mlp in mlps], dim=1).to(self.device)
 
     def room(self, rows: int) -> Room:
-        """Room for so many rows."""
+        """Room for so many rows. All are zero, lest those that are never in use become infinite."""
 
         def half(columns: int) -> Tensor:
-            return torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+            return torch.zeros(rows, columns, dtype=self.dtype, device=self.device)
 
         return Room(
-            stream=torch.empty(rows, self.width, dtype=torch.float32, device=self.device),
+            stream=torch.zeros(rows, self.width, dtype=torch.float32, device=self.device),
             half=half(self.width),
             first=half(self.width),
             skipped=half(self.width),
@@ -266,7 +267,7 @@ class PackedEstimator:
         )
 
     def _attend(self, rows: Rows, room: Room, tile: Tile) -> None:
-        kernels.attention[(len(rows.tiles), self.inner // HEAD_DIM)](
+        kernels.attention[(self.inner // HEAD_DIM, len(rows.tiles))](
             room.wide,
             room.heard,
             rows.tiles,

@@ -9,9 +9,10 @@ do; of one for each step, the first is launched at once, and the others while it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Final
 
 import numpy as np
@@ -24,8 +25,9 @@ from chatterbox_vllm.vocoder.cuda.tiling import Tiling
 from chatterbox_vllm.vocoder.flow import GUIDANCE, schedule
 from chatterbox_vllm.vocoder.transfer import to_device
 
-SMALLEST: Final = 1024
-"""Frames of the smallest graph; a recording of 10 s alone has 500."""
+SMALLEST: Final = 640
+"""Frames of the smallest graph: those of a stream's first chunk after a recording of 10 s, which alone has 500. It is
+cut smaller than the next one's, which is for 1,024; after that, sizes double."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +67,7 @@ class GraphSolver:
     def warm_up(self, frames: int) -> None:
         """Compiles the kernels and captures the graphs of up to ``frames`` frames, so that no request waits for it."""
         largest = min(_size_for(frames, 1), self._frames)
-        sizes = [frames for frames in (SMALLEST << double for double in range(16)) if frames <= largest]
+        sizes = list(takewhile(lambda size: size <= largest, _sizes()))
         with ThreadPoolExecutor(len(sizes)) as pool:  # compilers run beside each other
             list(pool.map(self._compile, map(self._size, sizes)))
         for frames in sizes:
@@ -185,12 +187,17 @@ def _utterances(frames: int) -> int:
     return 64 + frames // 256
 
 
-def _size_for(frames: int, utterances: int) -> int:
-    """The smallest of SMALLEST, twice as many, ... that is enough."""
+def _sizes() -> Iterator[int]:
+    """Frames of all graphs that there can be."""
     size = SMALLEST
-    while size < frames or _utterances(size) < utterances:
-        size *= 2
-    return size
+    while True:
+        yield size
+        size = 1 << size.bit_length()
+
+
+def _size_for(frames: int, utterances: int) -> int:
+    """The smallest of ``_sizes`` that is enough."""
+    return next(size for size in _sizes() if size >= frames and _utterances(size) >= utterances)
 
 
 def _tables(lengths: Sequence[int], padded: int, size: _Size) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,13 @@ norm), a resnet two.
 
 Rows are packed: sequences lie one after another, of any lengths, without padding between them. ``place`` says how far
 into its sequence a row is, which is all that a causal convolution has to know, and ``tiles`` says which rows attend to
-which. Rows past ``used`` are not computed: so a kernel launched for many rows, in a CUDA graph, costs what the rows in
-use cost.
+which. Tiles without a row in use, of which there are ``used``, are not computed: so a kernel launched for many rows, in
+a CUDA graph, costs what the rows in use cost. In a tile with some, the other rows are computed from whatever they hold;
+no row in use depends on them. Every buffer's rows are a multiple of a tile's.
+
+Where kernels overlap, what does not depend on the kernel before is loaded before that is waited for: tables, which were
+written before the graph began, biases, and in ``matmul`` for few rows the weights. (Decoded weights are written by a
+kernel, but never by the one just before; see ``_wait``.)
 
 Matrices are (inputs, outputs), contiguous, in half precision, as are the activations between kernels; the residual
 stream, norms, biases and sums are float32.
@@ -21,8 +26,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _begin(OVERLAP: tl.constexpr):
-    """Waits for the kernel before, which this one was launched beside, and lets the next one be launched."""
+def _wait(OVERLAP: tl.constexpr):
+    """Waits for the kernel before, which this one was launched beside, and lets the next one be launched.
+
+    So a kernel begins when all of the one before have waited: only that one can still be running.
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -38,18 +46,15 @@ def _mish(x):
 
 @triton.jit
 def _gelu(x):
-    """The exact one: erf by Abramowitz and Stegun 7.1.28, off by 3e-7, for a third of the instructions."""
-    z = tl.abs(x) * 0.7071067811865476
-    p = 1.0 + z * (
-        0.0705230784
-        + z * (0.0422820123 + z * (0.0092705272 + z * (0.0001520143 + z * (0.0002765672 + z * 0.0000430638))))
-    )
-    p = p * p
-    p = p * p
-    p = p * p
-    p = p * p
-    erf = 1.0 - 1.0 / p
-    return 0.5 * (x + tl.abs(x) * erf)
+    """The exact one, x times the normal distribution function of x, off by 3e-6 at most.
+
+    That function's logit is a smooth odd function; this polynomial is fitted to it, in powers of 2. A reciprocal square
+    root, squared, is half the instructions of a division.
+    """
+    s = x * x
+    logit = x * (2.30204539 + s * (0.105226681 + s * (-0.000360269926 + s * (-0.0000882391109 + s * 0.00000322904818))))
+    root = tl.rsqrt(1.0 + tl.exp2(-logit))
+    return x * (root * root)
 
 
 @triton.jit
@@ -63,28 +68,15 @@ def _normed(x, weight, bias, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _add_product(
-    acc,
-    source,
-    matrix,
-    row,
-    column,
-    inside,
-    INPUTS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    FIRST: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """``acc`` plus some columns of the product of some rows of ``source``, (M, INPUTS), and rows FIRST.. of the matrix.
+def _add_product(acc, left, right, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, DEPTH: tl.constexpr):
+    """``acc`` plus rows (M, INPUTS) times columns of a matrix (INPUTS, OUTPUTS), DEPTH inputs at a time.
 
-    Rows that are not ``inside`` count as zeros.
+    Args:
+        left: (M, DEPTH) pointers to the rows' first piece.
+        right: (DEPTH, N) pointers to the columns' first piece.
     """
-    depth = tl.arange(0, DEPTH)
-    left = source + row[:, None].to(tl.int64) * INPUTS + depth[None, :]
-    right = matrix + (FIRST + depth)[:, None] * OUTPUTS + column[None, :]
     for start in range(0, INPUTS, DEPTH):
-        part = tl.load(left + start, mask=inside[:, None], other=0.0)
-        acc = tl.dot(part, tl.load(right + start * OUTPUTS), acc)
+        acc = tl.dot(tl.load(left + start), tl.load(right + start * OUTPUTS), acc)
     return acc
 
 
@@ -103,21 +95,34 @@ def matmul(
     DEPTH: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """out = x matrix; with GELU, out = gelu(x matrix + bias). Grid: (column tiles, row tiles)."""
-    _begin(OVERLAP)
+    """out = x matrix; with GELU, out = gelu(x matrix + bias). Grid: (column tiles, row tiles).
+
+    With a DEPTH of all INPUTS, the weights are loaded before the kernel before is waited for.
+    """
     first = tl.program_id(1) * ROWS
-    count = tl.load(used)
-    if first >= count:
-        return
-    row = first + tl.arange(0, ROWS)
+    row = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = row < count
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    acc = _add_product(acc, x, matrix, row, column, inside, INPUTS, OUTPUTS, 0, DEPTH)
+    depth = tl.arange(0, DEPTH)
+    left = x + first.to(tl.int64) * INPUTS + row[:, None] * INPUTS + depth[None, :]
+    right = matrix + depth[:, None] * OUTPUTS + column[None, :]
+    count = tl.load(used)
     if GELU:
-        acc = _gelu(acc + tl.load(bias + column)[None, :])
-    at = out + row[:, None].to(tl.int64) * OUTPUTS + column[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=inside[:, None])
+        shift = tl.load(bias + column)
+    if DEPTH == INPUTS:
+        weights = tl.load(right)
+        _wait(OVERLAP)
+        if first >= count:
+            return
+        acc = tl.dot(tl.load(left), weights)
+    else:
+        _wait(OVERLAP)
+        if first >= count:
+            return
+        acc = _add_product(tl.zeros([ROWS, COLUMNS], tl.float32), left, right, INPUTS, OUTPUTS, DEPTH)
+    if GELU:
+        acc = _gelu(acc + shift[None, :])
+    at = out + first.to(tl.int64) * OUTPUTS + row[:, None] * OUTPUTS + column[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -145,57 +150,54 @@ def attention(
     KEYS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """Softmax attention within sequences; ``scale`` is that of the scores times log2(e). Grid: (tiles, heads).
+    """Softmax attention within sequences; ``scale`` is that of the scores times log2(e). Grid: (heads, tiles).
 
     ``qkv`` is (M, 3 INNER): queries, keys, values, each head's DIM together.
     """
-    _begin(OVERLAP)
-    first = tl.load(tiles + 3 * tl.program_id(0))
-    begin = tl.load(tiles + 3 * tl.program_id(0) + 1)
-    end = tl.load(tiles + 3 * tl.program_id(0) + 2)
+    tile = tiles + 3 * tl.program_id(1)
+    first, begin, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    _wait(OVERLAP)
     if begin >= end:
         return
-    head = tl.program_id(1) * DIM
-    row = first + tl.arange(0, ROWS)
-    dim = tl.arange(0, DIM)
-    inside = row < end
-    base = qkv + head
-    query = tl.load(base + row[:, None].to(tl.int64) * (3 * INNER) + dim[None, :], mask=inside[:, None], other=0.0)
+    stride: tl.constexpr = 3 * INNER
+    row, key, dim = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, DIM)
+    head = tl.program_id(0) * DIM
+    inside = row < end - first
+    at = qkv + first.to(tl.int64) * stride + head + row[:, None] * stride + dim[None, :]
+    query = tl.load(at, mask=inside[:, None], other=0.0)
+    sequence = qkv + begin.to(tl.int64) * stride + head
+    keys = sequence + INNER + key[None, :] * stride + dim[:, None]
+    values = sequence + 2 * INNER + key[:, None] * stride + dim[None, :]
     highest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     heard = tl.zeros([ROWS, DIM], tl.float32)
-    whole = begin + (end - begin) // KEYS * KEYS
-    for start in range(begin, whole, KEYS):
-        key_row = (start + tl.arange(0, KEYS)).to(tl.int64) * (3 * INNER)
-        scores = tl.dot(query, tl.load(base + INNER + key_row[None, :] + dim[:, None]))
+    length = end - begin
+    whole = length // KEYS * KEYS
+    for start in range(0, whole, KEYS):
+        scores = tl.dot(query, tl.load(keys + start * stride))
         shares, kept, highest, total = _shares(scores, highest, total, scale)
-        value = tl.load(base + 2 * INNER + key_row[:, None] + dim[None, :])
+        value = tl.load(values + start * stride)
         heard = tl.dot(shares.to(value.dtype), value, heard * kept[:, None])
-    if whole < end:
-        key_row = whole + tl.arange(0, KEYS)
-        exists = key_row < end
-        key_row = key_row.to(tl.int64) * (3 * INNER)
-        key = tl.load(base + INNER + key_row[None, :] + dim[:, None], mask=exists[None, :], other=0.0)
-        scores = tl.where(exists[None, :], tl.dot(query, key), -float("inf"))
+    if whole < length:
+        exists = key < length - whole
+        scores = tl.dot(query, tl.load(keys + whole * stride, mask=exists[None, :], other=0.0))
+        scores = tl.where(exists[None, :], scores, -float("inf"))
         shares, kept, highest, total = _shares(scores, highest, total, scale)
-        value = tl.load(base + 2 * INNER + key_row[:, None] + dim[None, :], mask=exists[:, None], other=0.0)
+        value = tl.load(values + whole * stride, mask=exists[:, None], other=0.0)
         heard = tl.dot(shares.to(value.dtype), value, heard * kept[:, None])
     heard = heard / total[:, None]
-    at = out + row[:, None].to(tl.int64) * INNER + head + dim[None, :]
+    at = out + first.to(tl.int64) * INNER + head + row[:, None] * INNER + dim[None, :]
     tl.store(at, heard.to(out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
-def _finish(
-    acc, out, half, norm_weight, norm_bias, row, inside, WIDTH: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr
-):
+def _finish(acc, out, half, norm_weight, norm_bias, at, WIDTH: tl.constexpr, KEEP: tl.constexpr, NORM: tl.constexpr):
     """Stores rows: as they are (KEEP) and in half precision, normed for what comes next (NORM) or not."""
-    at = row[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     if KEEP:
-        tl.store(out + at, acc, mask=inside[:, None])
+        tl.store(out + at, acc)
     if NORM:
         acc = _normed(acc, norm_weight, norm_bias, WIDTH)
-    tl.store(half + at, acc.to(half.dtype.element_ty), mask=inside[:, None])
+    tl.store(half + at, acc.to(half.dtype.element_ty))
 
 
 @triton.jit
@@ -216,42 +218,44 @@ def add_linear(
     OVERLAP: tl.constexpr,
 ):
     """x += source matrix + bias; half = norm(x), or x. Grid: (row tiles,)."""
-    _begin(OVERLAP)
     first = tl.program_id(0) * ROWS
+    row, channel, depth = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, DEPTH)
+    left = source + first.to(tl.int64) * INPUTS + row[:, None] * INPUTS + depth[None, :]
+    right = matrix + depth[:, None] * WIDTH + channel[None, :]
     count = tl.load(used)
+    _wait(OVERLAP)
     if first >= count:
         return
-    row = first + tl.arange(0, ROWS)
-    inside = row < count
-    channel = tl.arange(0, WIDTH)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    acc = _add_product(acc, source, matrix, row, channel, inside, INPUTS, WIDTH, 0, DEPTH)
-    at = row[:, None].to(tl.int64) * WIDTH + channel[None, :]
-    acc += tl.load(x + at, mask=inside[:, None], other=0.0) + tl.load(bias + channel)[None, :]
-    _finish(acc, x, half, norm_weight, norm_bias, row, inside, WIDTH, True, NORM)
+    acc = _add_product(tl.zeros([ROWS, WIDTH], tl.float32), left, right, INPUTS, WIDTH, DEPTH)
+    at = first.to(tl.int64) * WIDTH + (row[:, None] * WIDTH + channel[None, :])
+    acc += tl.load(x + at) + tl.load(bias + channel)[None, :]
+    _finish(acc, x, half, norm_weight, norm_bias, at, WIDTH, True, NORM)
 
 
 @triton.jit
 def _taps(
     acc,
-    source,
-    matrix,
-    row,
+    left,
+    right,
     place,
-    inside,
     WIDTH: tl.constexpr,
     OUTPUTS: tl.constexpr,
-    FIRST: tl.constexpr,
     ALL: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Adds the causal convolution of ``source``'s WIDTH channels, which are FIRST.. of the matrix's ALL inputs."""
-    output = tl.arange(0, OUTPUTS)
-    for tap in tl.static_range(3):
-        there = inside & (place >= 2 - tap)
-        acc = _add_product(
-            acc, source, matrix, row - (2 - tap), output, there, WIDTH, OUTPUTS, tap * ALL + FIRST, DEPTH
-        )
+    """``acc`` plus the causal convolution of WIDTH channels, which are some of the matrix's ALL inputs at each tap.
+
+    Args:
+        left, right: as those of ``_add_product``, for the current rows and the first tap.
+        place: (M,), the rows'.
+    """
+    pieces: tl.constexpr = WIDTH // DEPTH
+    for piece in range(3 * pieces):
+        tap = piece // pieces
+        start = (piece - tap * pieces) * DEPTH
+        there = (place >= 2 - tap)[:, None]
+        part = tl.load(left + ((tap - 2) * WIDTH + start), mask=there, other=0.0)
+        acc = tl.dot(part, tl.load(right + (tap * ALL + start) * OUTPUTS), acc)
     return acc
 
 
@@ -291,19 +295,21 @@ def convolution(
 
     With ACTIVATE, mish(norm(.)) of it; with SHIFT, plus a row; with SKIP, plus the product of the skipped channels.
     """
-    _begin(OVERLAP)
     first = tl.program_id(0) * ROWS
+    row, output, depth = tl.arange(0, ROWS), tl.arange(0, OUTPUTS), tl.arange(0, DEPTH)
+    begin = first.to(tl.int64)
+    right = depth[:, None] * OUTPUTS + output[None, :]
     count = tl.load(used)
+    position = tl.load(place + first + row)
+    _wait(OVERLAP)
     if first >= count:
         return
-    row = first + tl.arange(0, ROWS)
-    inside = row < count
-    output = tl.arange(0, OUTPUTS)
-    position = tl.load(place + row, mask=inside, other=0)
     acc = tl.zeros([ROWS, OUTPUTS], tl.float32)
-    acc = _taps(acc, source, matrix, row, position, inside, WIDTH, OUTPUTS, 0, WIDTH + SECOND, DEPTH)
+    left = source + begin * WIDTH + row[:, None] * WIDTH + depth[None, :]
+    acc = _taps(acc, left, matrix + right, position, WIDTH, OUTPUTS, WIDTH + SECOND, DEPTH)
     if SECOND:
-        acc = _taps(acc, second, matrix, row, position, inside, SECOND, OUTPUTS, WIDTH, WIDTH + SECOND, DEPTH)
+        left = second + begin * SECOND + row[:, None] * SECOND + depth[None, :]
+        acc = _taps(acc, left, matrix + WIDTH * OUTPUTS + right, position, SECOND, OUTPUTS, WIDTH + SECOND, DEPTH)
     acc += tl.load(bias + output)[None, :]
     if ACTIVATE:
         acc = _mish(_normed(acc, norm_weight, norm_bias, OUTPUTS))
@@ -311,10 +317,13 @@ def convolution(
         acc += tl.load(shift + output)[None, :]
     if SKIP:
         acc += tl.load(skip_bias + output)[None, :]
-        acc = _add_product(acc, skip, skip_matrix, row, output, inside, SKIP, OUTPUTS, 0, DEPTH)
+        left = skip + begin * SKIP + row[:, None] * SKIP + depth[None, :]
+        acc = _add_product(acc, left, skip_matrix + right, SKIP, OUTPUTS, DEPTH)
         if SKIP_SECOND:
-            acc = _add_product(acc, skip_second, skip_matrix, row, output, inside, SKIP_SECOND, OUTPUTS, SKIP, DEPTH)
-    _finish(acc, out, half, next_weight, next_bias, row, inside, OUTPUTS, KEEP, NORM)
+            left = skip_second + begin * SKIP_SECOND + row[:, None] * SKIP_SECOND + depth[None, :]
+            acc = _add_product(acc, left, skip_matrix + SKIP * OUTPUTS + right, SKIP_SECOND, OUTPUTS, DEPTH)
+    at = begin * OUTPUTS + (row[:, None] * OUTPUTS + output[None, :])
+    _finish(acc, out, half, next_weight, next_bias, at, OUTPUTS, KEEP, NORM)
 
 
 @triton.jit
@@ -340,9 +349,9 @@ def euler(
     ``rows`` (F, 2) int32 says where a frame's two rows are; ``frames`` (1,) int32 how many frames are in use, and
     ``length`` (1,) float32 is the step's.
     """
-    _begin(OVERLAP)
     first = tl.program_id(0) * ROWS
     count = tl.load(frames)
+    _wait(OVERLAP)
     if first >= count:
         return
     frame = first + tl.arange(0, ROWS)
