@@ -10,7 +10,7 @@ import torch
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import NONE, SPELLINGS, Given, Policy, resolve
-from chatterbox_vllm.vocoder.stage import best_dtype
+from chatterbox_vllm.vocoder.blueprint import best_dtype
 
 DTYPES: Final[Mapping[str, torch.dtype | None]] = MappingProxyType(
     {"auto": None, **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}}

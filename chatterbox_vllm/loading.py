@@ -24,10 +24,10 @@ from chatterbox_vllm.t3.footprint import T3Footprint
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.tenancy import EXTENSION
+from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.guest import GuestHost
 from chatterbox_vllm.vocoder.host import ProcessHost, ThreadHost
-from chatterbox_vllm.vocoder.stage import Blueprint
 from chatterbox_vllm.vocoder.worker import VocoderPool
 
 logger: Final = logging.getLogger(__name__)

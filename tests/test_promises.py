@@ -627,7 +627,7 @@ def test_d_tensor_parallel(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) ->
 def test_d_streaming_and_several_speakers(demo: Checkpoint) -> None:
     """A quantised vocoder speaks two voices in one batch, in chunks, and loses nothing."""
     from chatterbox_vllm.bench.workload import random_speech, random_voice
-    from chatterbox_vllm.vocoder.stage import Blueprint
+    from chatterbox_vllm.vocoder.blueprint import Blueprint
     from chatterbox_vllm.vocoder.utterance import Chunk
 
     blueprint = Blueprint(demo.s3gen, flow_encoder="int8", estimator="int8")

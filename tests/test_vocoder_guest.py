@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from chatterbox_vllm.errors import CheckpointError, EngineDead, EngineError
 from chatterbox_vllm.vocoder import guest
 from chatterbox_vllm.vocoder import host as module
+from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.guest import GuestHost
-from chatterbox_vllm.vocoder.stage import Blueprint
 from chatterbox_vllm.vocoder.utterance import Chunk, open_utterance
 from chatterbox_vllm.vocoder.worker import VocoderPool
 from tests.vocoder_support import speech, tensors, voice

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from chatterbox_vllm.vocoder import packed, weights
+from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.int8 import Int8Linear
 from chatterbox_vllm.vocoder.packed import PackedConv, PackedLinear, pack
-from chatterbox_vllm.vocoder.stage import Blueprint
 from chatterbox_vllm.vocoder.utterance import Chunk
 from tests.vocoder_support import speech, upstream, upstream_whole, vocoder, voice, whole
 

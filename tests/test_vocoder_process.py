@@ -25,8 +25,9 @@ from chatterbox_vllm.engine import AsyncChatterbox, Health
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError, EngineDead, EngineError
 from chatterbox_vllm.tts import ChatterboxTTS
 from chatterbox_vllm.vocoder import host as module
+from chatterbox_vllm.vocoder.blueprint import Blueprint, best_dtype
 from chatterbox_vllm.vocoder.host import ProcessHost, ThreadHost
-from chatterbox_vllm.vocoder.stage import Blueprint, Vocoder, best_dtype
+from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk, open_utterance
 from chatterbox_vllm.vocoder.wire import VOICES, Channel, Latest, framed
 from chatterbox_vllm.vocoder.worker import GONE, RESTARTING, VocoderPool

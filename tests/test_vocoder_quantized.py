@@ -10,12 +10,13 @@ import torch
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.vocoder import backend, stage, weights
+from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.distance import mel_distance
 from chatterbox_vllm.vocoder.hift import GAP, Stretch
 from chatterbox_vllm.vocoder.host import ThreadHost
 from chatterbox_vllm.vocoder.int8 import Int8Linear
 from chatterbox_vllm.vocoder.pieces import in_pieces
-from chatterbox_vllm.vocoder.stage import Blueprint, Vocoder
+from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk
 from chatterbox_vllm.vocoder.worker import VocoderPool
 from tests.vocoder_support import At, speech, tensors, vocoder, voice, whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from chatterbox_vllm.vocoder.service import Service, pick
 from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
 from chatterbox_vllm.vocoder.wire import Limits, Ready, Speak
 from chatterbox_vllm.vocoder.worker import GONE, VocoderPool, VocoderStats
-from tests.vocoder_support import At, said, speech, vocoder, voice
+from tests.vocoder_support import At, Here, said, speech, vocoder, voice
 
 
 class Stub:
@@ -39,13 +40,13 @@ class Stub:
     def footprint(self):
         return VocoderFootprint({}, {}, peak=len(self.batches))
 
-    def speak(self, steps):
+    def launch(self, steps):
         self.batches.append(list(steps))
         self.running.set()
         assert self.gate.wait(10)
         if self.fail & {step.utterance for step in steps}:
             raise self.error
-        return [said(step, float(len(step.tokens))) for step in steps]
+        return Here([said(step, float(len(step.tokens))) for step in steps])
 
 
 def utterance(steps: int = 10) -> Utterance:
@@ -340,6 +341,138 @@ def test_an_idle_service_sleeps():
     thread.join(10)
     assert wakes == [None] * len(wakes)  # it sleeps until somebody wakes it
     assert len(wakes) <= 3
+
+
+class Device:
+    """A vocoder on a device that goes on by itself; its batches' flows are done, and they arrive, when they are let."""
+
+    max_frames = 10_000
+
+    def __init__(self) -> None:
+        self.launched: list[Device.Sounding] = []
+        self.room = 99
+
+    class Sounding:
+        def __init__(self, steps: list[Step]) -> None:
+            self.steps = steps
+            self.flowed, self.here = threading.Event(), threading.Event()
+            self.error: Exception | None = None
+
+        @property
+        def is_here(self) -> bool:
+            return self.here.is_set()
+
+        def wait_for_flow(self):
+            assert self.flowed.wait(10)
+            if self.error:
+                raise self.error
+
+        def arrive(self):
+            assert self.here.wait(10)
+            if self.error:
+                raise self.error
+            return [said(step, float(len(step.tokens))) for step in self.steps]
+
+    def footprint(self):
+        return VocoderFootprint({}, {})
+
+    def launch(self, steps):
+        if len(self.launched) == self.room:
+            raise torch.OutOfMemoryError("no memory")
+        self.launched.append(self.Sounding(steps))
+        return self.launched[-1]
+
+
+def overlapping(scenario) -> list[str]:
+    """What a service tells, of a batch in a word, while ``scenario(service, device, wait_until)`` goes on."""
+    told: list[str] = []
+    end = time.monotonic() + 10
+
+    def tell(news):
+        told.append(f"{type(news).__name__.lower()} {','.join(map(str, news.jobs))}")
+
+    def wait_until(true):
+        while not true():
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    own, device = Service(tell, Limits(max_batch=1)), Device()
+
+    def serve():
+        try:
+            own.run(device)
+        except torch.AcceleratorError:
+            told.append("lost")
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    own.put(speak(1, 0.0))
+    wait_until(lambda: device.launched)
+    scenario(own, device, wait_until)
+    own.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    return told
+
+
+def test_the_next_batch_is_launched_while_hift_still_works_on_the_one_before():
+    def scenario(own, device, wait_until):
+        own.put(speak(2, 2.0))
+        own.put(speak(3, 1.0))
+        device.launched[0].flowed.set()
+        wait_until(lambda: len(device.launched) == 2)
+        device.launched[0].here.set()
+        device.launched[1].flowed.set()
+        wait_until(lambda: len(device.launched) == 3)
+        for sounding in device.launched:
+            sounding.flowed.set()
+            sounding.here.set()
+
+    assert overlapping(scenario) == ["begun 1", "spoken 1", "begun 3", "spoken 3", "begun 2", "spoken 2"]
+
+
+def test_what_is_here_is_told_before_anything_is_launched():
+    def scenario(own, device, wait_until):
+        own.put(speak(2, 2.0))
+        device.launched[0].here.set()
+        device.launched[0].flowed.set()
+        wait_until(lambda: len(device.launched) == 2)
+        device.launched[1].here.set()
+        device.launched[1].flowed.set()
+
+    assert overlapping(scenario) == ["begun 1", "spoken 1", "begun 2", "spoken 2"]
+
+
+def test_a_batch_that_was_launched_early_had_not_begun_if_the_device_is_lost():
+    def scenario(own, device, wait_until):
+        own.put(speak(2, 2.0))
+        device.launched[0].flowed.set()
+        wait_until(lambda: len(device.launched) == 2)
+        device.launched[0].error = torch.AcceleratorError("an illegal memory access")
+        device.launched[0].here.set()
+
+    assert overlapping(scenario) == ["begun 1", "failed 1", "lost"]
+
+
+def test_a_device_that_is_lost_in_the_flow_fails_its_batch():
+    def scenario(own, device, wait_until):
+        own.put(speak(2, 2.0))
+        device.launched[0].error = torch.AcceleratorError("an illegal memory access")
+        device.launched[0].here.set()
+        device.launched[0].flowed.set()
+
+    assert overlapping(scenario) == ["begun 1", "failed 1", "lost"]
+
+
+def test_what_cannot_be_launched_early_fails_in_its_turn():
+    def scenario(own, device, wait_until):
+        device.room = 1
+        own.put(speak(2, 2.0))
+        device.launched[0].flowed.set()
+        wait_until(lambda: not own._jobs)
+        device.launched[0].here.set()
+
+    assert overlapping(scenario) == ["begun 1", "spoken 1", "begun 2", "failed 2"]
 
 
 def test_two_workers_share_the_work():

@@ -22,9 +22,11 @@ from torch.distributions.uniform import Uniform
 from chatterbox_vllm.demo_checkpoint import networks
 from chatterbox_vllm.types import SPOKEN_TOKENS, VoiceFeatures
 from chatterbox_vllm.vocoder import noise, weights
+from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.noise import Stream
-from chatterbox_vllm.vocoder.stage import Blueprint, Vocoder
+from chatterbox_vllm.vocoder.sounding import Sounding
+from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, open_utterance
 from chatterbox_vllm.vocoder.worker import VocoderPool
 
@@ -109,7 +111,7 @@ class _Obedient:
     def footprint(self) -> VocoderFootprint:
         return VocoderFootprint({"hift": 1}, {"hift": 1}, allocated=2, peak=3 + self.spoken)
 
-    def speak(self, steps: Sequence[Step]) -> list[Said]:
+    def launch(self, steps: Sequence[Step]) -> Here | Sounding:
         value, order = float(self.spoken), steps[0].tokens[0].item()
         self.spoken += 1
         if order == Order.HOLD:
@@ -124,8 +126,22 @@ class _Obedient:
         elif order == Order.LOG:
             logging.getLogger("chatterbox_vllm.test").info("%d steps", len(steps))
         elif self.real is not None:
-            return self.real.speak(steps)
-        return [said(step, value) for step in steps]
+            return self.real.launch(steps)
+        return Here([said(step, value) for step in steps])
+
+
+@dataclass
+class Here:
+    """A ``Sounding`` that nobody has to wait for."""
+
+    said: list[Said]
+    is_here = True
+
+    def wait_for_flow(self) -> None:
+        pass
+
+    def arrive(self) -> list[Said]:
+        return self.said
 
 
 def told(order: Order, *, due: float = 0.0) -> Chunk:

@@ -11,7 +11,8 @@ from chatterbox_vllm.bench.vocoder import Job, speak_in_chunks
 from chatterbox_vllm.evaluate.methods import quantize
 from chatterbox_vllm.quantization.policy import Policy
 from chatterbox_vllm.types import SpeechOptions, VoiceFeatures
-from chatterbox_vllm.vocoder.stage import Blueprint, Vocoder
+from chatterbox_vllm.vocoder.blueprint import Blueprint
+from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.weights import load, quantizable
 
 

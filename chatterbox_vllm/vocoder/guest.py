@@ -18,9 +18,9 @@ from typing import Final
 import torch
 
 from chatterbox_vllm.errors import ChatterboxError
+from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.host import ProcessHost
 from chatterbox_vllm.vocoder.process import log_through, served
-from chatterbox_vllm.vocoder.stage import Blueprint
 from chatterbox_vllm.vocoder.wire import Channel, Limits, Load, Read, Tell
 
 CONNECT_SECONDS: Final = 10.0

@@ -12,8 +12,8 @@ import threading
 from typing import Final, Protocol
 
 from chatterbox_vllm.errors import EngineDead, EngineError
+from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.service import Service
-from chatterbox_vllm.vocoder.stage import Blueprint
 from chatterbox_vllm.vocoder.wire import (
     Build,
     Ended,

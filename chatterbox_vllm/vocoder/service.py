@@ -9,11 +9,15 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 import torch
 
+from chatterbox_vllm.errors import EngineError
+from chatterbox_vllm.vocoder.sounding import Sounding
 from chatterbox_vllm.vocoder.stage import Vocoder
+from chatterbox_vllm.vocoder.utterance import Said
 from chatterbox_vllm.vocoder.wire import Begun, Drop, Failed, Limits, Order, Speak, Spoken, Tell
 
 logger: Final = logging.getLogger(__name__)
@@ -61,50 +65,105 @@ class Service:
         Raises:
             torch.AcceleratorError: the device is lost; the batch's jobs were told of it.
         """
-        while self._turn(vocoder):
-            pass
+        running: _Batch | None = None
+        while running is not None or not self._closing:
+            running = self._turn(vocoder, running)
 
-    def _turn(self, vocoder: Vocoder) -> bool:
-        """Speaks one batch and lets go of it, so that an idle service holds no utterance; False to end."""
-        batch = self._next_batch(self._limits.max_frames or vocoder.max_frames)
-        if batch:
-            self._speak(vocoder, batch)
-        return bool(batch)
+    def _turn(self, vocoder: Vocoder, running: _Batch | None) -> _Batch | None:
+        """Begins a batch if none is running; else ends that one, and begins the next one shortly before.
 
-    def _next_batch(self, max_frames: int) -> list[Speak]:
-        """Waits for jobs and takes them off the queue; empty when it is closed."""
+        So the device has work while the one's sound is sent and the other's tables are made. A batch that was launched
+        early is told of when the one before it is done: if the device is lost with that, it had not begun.
+
+        Returns:
+            The batch that is running now, if any.
+        """
+        if running is None:
+            if following := self._picked(vocoder, wait=True):
+                self._tell(following.begun())
+                following.launch(vocoder)
+            return following
+        following = None
+        if running.has_something_left() and (following := self._picked(vocoder, wait=False)):
+            following.launch(vocoder)
+        self._finish(vocoder, running)
+        if following is not None:
+            self._tell(following.begun())
+        return following
+
+    def _picked(self, vocoder: Vocoder, *, wait: bool) -> _Batch | None:
+        """Takes the next batch off the queue, if need be after waiting for jobs; None when it is closed or empty."""
         limits = self._limits
         with self._changed:
-            while True:
+            if wait:
                 self._changed.wait_for(lambda: self._jobs or self._closing)
-                if limits.max_wait > 0:
-                    self._changed.wait_for(
-                        lambda: len(self._jobs) >= limits.max_batch or self._closing, limits.max_wait
-                    )
-                if self._closing:
-                    return []
-                if batch := pick(self._jobs, limits.max_batch, max_frames):
-                    taken = {job.job for job in batch}
-                    self._jobs = [job for job in self._jobs if job.job not in taken]
-                    return batch
+            if wait and limits.max_wait > 0:
+                self._changed.wait_for(lambda: len(self._jobs) >= limits.max_batch or self._closing, limits.max_wait)
+            if self._closing:
+                return None
+            batch = pick(self._jobs, limits.max_batch, limits.max_frames or vocoder.max_frames)
+            taken = {job.job for job in batch}
+            self._jobs = [job for job in self._jobs if job.job not in taken]
+        return _Batch(batch) if batch else None
 
-    def _speak(self, vocoder: Vocoder, batch: list[Speak]) -> None:
-        jobs, began = tuple(job.job for job in batch), time.monotonic()
-        self._tell(Begun(jobs))
+    def _finish(self, vocoder: Vocoder, batch: _Batch) -> None:
+        """Waits for a batch and tells what became of it."""
         try:
-            said = vocoder.speak([job.step for job in batch])
+            said = batch.arrive()
         except Exception as error:
             # Whatever it is, what is outside of this batch must not suffer.
-            logger.exception("the vocoder failed on a batch of %d chunks", len(batch))
-            self._tell(Failed(jobs, f"{type(error).__name__}: {error}"))
+            logger.exception("the vocoder failed on a batch of %d chunks", len(batch.jobs))
+            self._tell(Failed(batch.numbers, f"{type(error).__name__}: {error}"))
             if isinstance(error, DEVICE_LOST):
                 raise
             return
-        took = time.monotonic() - began
-        logger.debug("spoke %d chunks in %.0f ms", len(batch), 1e3 * took)
-        frames = sum(job.step.flow_frames for job in batch)
-        waits = tuple(began - job.came for job in batch)
-        self._tell(Spoken(jobs, said, frames, took, waits, vocoder.footprint()))
+        took = time.monotonic() - batch.began
+        logger.debug("spoke %d chunks in %.0f ms", len(batch.jobs), 1e3 * took)
+        frames = sum(job.step.flow_frames for job in batch.jobs)
+        waits = tuple(batch.began - job.came for job in batch.jobs)
+        self._tell(Spoken(batch.numbers, said, frames, took, waits, vocoder.footprint()))
+
+
+class _Batch:
+    """Jobs that are spoken together.
+
+    Args:
+        jobs: at least one.
+    """
+
+    def __init__(self, jobs: list[Speak]) -> None:
+        self.jobs = jobs
+        self.numbers = tuple(job.job for job in jobs)
+        self.began = 0.0
+        self._sounding: Sounding | None = None
+        self._error: Exception | None = None
+
+    def begun(self) -> Begun:
+        """Its time runs from now on."""
+        self.began = time.monotonic()
+        return Begun(self.numbers)
+
+    def launch(self, vocoder: Vocoder) -> None:
+        """Has it spoken; what goes wrong is raised by ``arrive``."""
+        try:
+            self._sounding = vocoder.launch([job.step for job in self.jobs])
+        except Exception as error:  # noqa: BLE001  # raised when its turn has come
+            self._error = error
+
+    def has_something_left(self) -> bool:
+        """Waits until the device has little left to do for it, and says whether there is anything."""
+        if self._sounding is None:
+            return False
+        with suppress(*DEVICE_LOST):  # which ``arrive`` raises again
+            self._sounding.wait_for_flow()
+            return not self._sounding.is_here
+        return False
+
+    def arrive(self) -> list[Said]:
+        """Waits for what its jobs say."""
+        if self._sounding is None:
+            raise self._error or EngineError("a batch was not launched")
+        return self._sounding.arrive()
 
 
 def pick(jobs: Sequence[Speak], max_batch: int, max_frames: int) -> list[Speak]:

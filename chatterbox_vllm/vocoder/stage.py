@@ -10,17 +10,13 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.quantization.matrices import QuantizedLinear
-from chatterbox_vllm.quantization.policy import VOCODER, Method
 from chatterbox_vllm.types import SAMPLE_RATE, SPOKEN_TOKENS, VoiceFeatures
 from chatterbox_vllm.vocoder import noise
 from chatterbox_vllm.vocoder.backend import Backend, TorchBackend
@@ -29,14 +25,14 @@ from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.flow import LONGEST
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint, bytes_of, measured
 from chatterbox_vllm.vocoder.hift import Stretch
-from chatterbox_vllm.vocoder.int8 import Int8Linear
 from chatterbox_vllm.vocoder.noise import Stream
 from chatterbox_vllm.vocoder.pieces import in_pieces
 from chatterbox_vllm.vocoder.prompts import MELS, X_VECTOR, Prompts
+from chatterbox_vllm.vocoder.sounding import Part, Sounding
 from chatterbox_vllm.vocoder.source import FRAME_SAMPLES
-from chatterbox_vllm.vocoder.transfer import to_device, to_host
+from chatterbox_vllm.vocoder.transfer import Moment, to_device
 from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, open_utterance, plan
-from chatterbox_vllm.vocoder.weights import Networks, load, quantize
+from chatterbox_vllm.vocoder.weights import Networks, load
 
 MAX_FRAMES: Final = 8_192
 """The most mel frames in one batch on a GPU; about 4 GB of activations at the real sizes. An H200 speaks no faster with
@@ -47,12 +43,8 @@ FEWEST_IN_PIECES: Final = 256
 """Frames that HiFT takes at once where ``max_frames`` is set low."""
 FRAME_BYTES: Final = 2**19
 """Of activations for one mel frame, at the real sizes."""
-Arrive = Callable[[], list[Said]]
-"""Waits for the device, and gives what a batch says."""
 _WARM_TOKENS: Final = 250
 """Of a recording, as long as one gets."""
-_ON_CPU: Final = (Method.NONE, Method.INT8)
-_ON_GPU: Final = (Method.NONE, Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8)
 _TRITON: Final = (8, 0)
 _log: Final = logging.getLogger(__name__)
 
@@ -175,13 +167,13 @@ class Vocoder:
         Raises:
             torch.OutOfMemoryError: as ``advance``.
         """
-        said: dict[Step, Said] = {}
-        with torch.inference_mode():
-            # Each batch is launched while the one before it runs.
-            launched = [part for batch in self._batches(steps) for part in self._launch_within_memory(batch)]
-            for batch, arrive in launched:
-                said.update(zip(batch, arrive(), strict=True))
-        return [_owned(said[step]) for step in steps]
+        return self.launch(steps).arrive()
+
+    @torch.inference_mode()
+    def launch(self, steps: Sequence[Step]) -> Sounding:
+        """As ``speak``, without waiting for the device; each batch is launched while the one before it runs."""
+        parts = [part for batch in self._batches(steps) for part in self._launch_within_memory(batch)]
+        return Sounding(steps, parts)
 
     def _batches(self, steps: Sequence[Step]) -> list[list[Step]]:
         """Steps that can run together: as many diffusion steps, and no more frames than fit."""
@@ -192,9 +184,9 @@ class Vocoder:
             batch for group in alike.values() for batch in packed(group, lambda step: step.flow_frames, self.max_frames)
         ]
 
-    def _launch_within_memory(self, batch: list[Step]) -> list[tuple[list[Step], Arrive]]:
+    def _launch_within_memory(self, batch: list[Step]) -> list[Part]:
         try:
-            return [(batch, self._launch(batch))]
+            return [self._launch(batch)]
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -205,10 +197,13 @@ class Vocoder:
         half = len(batch) // 2
         return self._launch_within_memory(batch[:half]) + self._launch_within_memory(batch[half:])
 
-    def _launch(self, batch: list[Step]) -> Arrive:
+    def _launch(self, batch: list[Step]) -> Part:
         mels = self._continued(batch, self._flow(batch))
+        flowed = Moment.now(self.device)
         samples, cycles = self._sounds(self._stretch(batch, mels))
-        return _fetching(
+        return Part.sent(
+            batch,
+            flowed,
             torch.stack([self._carried(step, row) for step, row in zip(batch, cycles, strict=True)]),
             [self._committed(step, mel) for step, mel in zip(batch, mels, strict=True)],
             [self._released(step, row) for step, row in zip(batch, samples, strict=True)],
@@ -285,65 +280,6 @@ class Vocoder:
         return to_device(torch.tensor(values, dtype=torch.int64), self.device)
 
 
-@dataclass(frozen=True)
-class Blueprint:
-    """How to get a vocoder: in two parts, because the first one needs none of the device's memory. It can be pickled.
-
-    Args:
-        path: s3gen.safetensors or s3gen.pt.
-        device: see ``Vocoder``.
-        dtype: see ``Vocoder``; None is the device's best (``best_dtype``), and on a CPU not ``exact``.
-        flow_encoder, estimator: how linear layers of their blocks are quantised, ``none``, ``bnb-4bit``, ``bnb-8bit``
-            or ``int8``. On a GPU the last two are the same; on a CPU only ``int8`` is possible, and computes with 8-bit
-            activations, too.
-        max_frames: see ``Vocoder``.
-
-    Raises:
-        ConfigurationError: the device cannot have the method.
-    """
-
-    path: Path
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
-    flow_encoder: str = Method.NONE
-    estimator: str = Method.NONE
-    max_frames: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in VOCODER:
-            method, is_cpu = getattr(self, name), torch.device(self.device).type == "cpu"
-            if method not in (_ON_CPU if is_cpu else _ON_GPU):
-                raise ConfigurationError(
-                    f"{name} cannot be {method} on {self.device}; use one of "
-                    f"{', '.join(_ON_CPU if is_cpu else _ON_GPU)}",
-                    param=name,
-                )
-
-    def read(self) -> Networks:
-        """The networks, quantised, in this process's memory.
-
-        Raises:
-            CheckpointError: a key is missing, unknown or misshapen.
-            MissingDependency: ``bnb-4bit`` without bitsandbytes.
-        """
-        networks = load(self.path)
-        layer = Int8Linear if torch.device(self.device).type == "cpu" else QuantizedLinear
-        quantize(networks, {name: getattr(self, name) for name in VOCODER}, layer)
-        return networks
-
-    def build(self, networks: Networks) -> Vocoder:
-        """The vocoder on its device, which becomes this thread's; ready to speak at full speed."""
-        device = torch.device(self.device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)
-        dtype, exact = self.dtype or best_dtype(device), self.dtype is not None
-        vocoder = Vocoder(networks, device=device, dtype=dtype, max_frames=self.max_frames, exact=exact)
-        if device.type == "cuda":
-            vocoder.warm_up()
-            torch.cuda.empty_cache()  # what only loading and warming up needed is left to others
-        return vocoder
-
-
 def _backend(
     networks: Networks, device: torch.device, dtype: torch.dtype, frames: int, *, frugal: bool, exact: bool
 ) -> Backend:
@@ -365,33 +301,6 @@ def _suits_triton(device: torch.device) -> bool:
         return True
     _log.warning("the fast kernels need compute capability 8.0, %s has %d.%d: using plain ones", device, *capability)
     return False
-
-
-def best_dtype(device: torch.device) -> torch.dtype:
-    """What the estimator runs in, if nobody chooses: float32 on a CPU, on a GPU the half precision that it has."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def _fetching(cycles: Tensor, mels: list[Tensor], samples: list[Tensor]) -> Arrive:
-    """Sends (B, waves) float64 and B rows each of mel and samples to the CPU, in one copy."""
-    numbers = cycles.view(torch.float32).flatten()  # first, because a float64 must lie at a multiple of its size
-    parts = [numbers, *(mel.flatten() for mel in mels), *samples]
-    arrive, lengths = to_host(torch.cat(parts)), [len(part) for part in parts]
-
-    def arrived() -> list[Said]:
-        numbers, *rows = arrive().split(lengths)
-        turned = numbers.view(torch.float64).view(len(mels), -1)
-        frames = [row.view(-1, MELS) for row in rows[: len(mels)]]
-        return [Said(*each) for each in zip(rows[len(mels) :], frames, turned, strict=True)]
-
-    return arrived
-
-
-def _owned(said: Said) -> Said:
-    """A copy whose tensors own their memory and may be changed outside of inference mode."""
-    return Said(said.samples.clone(), said.mel.clone(), said.cycles.clone())
 
 
 def frames_at_once(device: torch.device, *, weights: int) -> int:

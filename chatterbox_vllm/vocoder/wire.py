@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from chatterbox_vllm.types import VoiceFeatures
+from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
-from chatterbox_vllm.vocoder.stage import Blueprint
 from chatterbox_vllm.vocoder.utterance import Said, Step, Utterance
 
 _COUNT: Final = struct.Struct("!I")

@@ -21,7 +21,7 @@ from chatterbox_vllm.vocoder.cuda.hift import FusedHift
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.footprint import footprint, savings
 from chatterbox_vllm.vocoder.hift import Stretch
-from chatterbox_vllm.vocoder.transfer import to_device
+from chatterbox_vllm.vocoder.transfer import pinned, to_device
 from chatterbox_vllm.vocoder.weights import Networks
 
 _CAPTURED: Final = 64
@@ -82,18 +82,18 @@ class CudaBackend:
         longest = max(len(row) for row in tokens)
         captured = self._graph_of(len(tokens), longest)
         rows, length = captured or (len(tokens), _rounded(longest, ALIGNMENT))
-        ids = torch.zeros(rows, length, dtype=torch.int64)
-        for row, own in zip(ids, tokens, strict=False):
-            row[: len(own)] = own
+        # Everything in one copy: a row's ids, and how many there are.
+        given = torch.zeros(rows, length + 1, dtype=torch.int64)
         # Rows that no utterance has are as good as any: without a token in use, attention would divide by zero.
-        lengths = torch.tensor([len(row) for row in tokens] + [length] * (rows - len(tokens)))
-        mask = torch.arange(length) < lengths[:, None]
-        inputs = to_device(ids, self._device), to_device(mask, self._device)
+        given[:, length] = length
+        for row, own in zip(given, tokens, strict=False):
+            row[: len(own)] = own
+            row[length] = len(own)
         if captured is None:
-            return self._encoded(*inputs)
+            return self._encoded(to_device(given, self._device))
         if captured not in self._captured:
-            self._captured[captured] = Captured(self._encoded, inputs, self._pool)
-        return self._captured[captured](*inputs)[: len(tokens)]
+            self._captured[captured] = Captured(self._encoded, (to_device(given, self._device),), self._pool)
+        return self._captured[captured](pinned(given, self._device))[: len(tokens)]
 
     def _graph_of(self, rows: int, longest: int) -> tuple[int, int] | None:
         """Rows and tokens of the graph for a batch, if there is to be one."""
@@ -104,7 +104,9 @@ class CudaBackend:
             fits = length <= _LONGEST_CAPTURED and rows * length <= self._most_captured
         return (rows, length) if fits else None
 
-    def _encoded(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def _encoded(self, given: Tensor) -> Tensor:
+        ids, counts = given[:, :-1], given[:, -1:]
+        mask = torch.arange(ids.shape[1], device=self._device) < counts
         return self._projection(self._encoder(self._embedding(ids), mask))
 
     def normals(self, keys: Tensor, first: Tensor, count: int, channels: int) -> Tensor:

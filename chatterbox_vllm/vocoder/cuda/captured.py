@@ -33,7 +33,7 @@ class Captured(Generic[T]):
     def __call__(self, *inputs: Tensor) -> T:
         """The result for ``inputs``, in memory that the next call overwrites.
 
-        An input may be shorter than its example; it has the rest from the calls before.
+        An input may be shorter than its example, and has the rest from the calls before; or be in pinned memory.
         """
         for own, given in zip(self._inputs, inputs, strict=True):
             own[: len(given)].copy_(given, non_blocking=True)
