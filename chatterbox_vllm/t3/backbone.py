@@ -27,6 +27,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.positions import ORIGIN, unpack
 from chatterbox_vllm.t3.rotary import CenteredRotary, rotate
+from chatterbox_vllm.types import SPEECH_VOCABULARY
 
 Angles = tuple[Tensor, Tensor]
 
@@ -122,9 +123,13 @@ class GuidedLayer(nn.Module):
         return self.mlp(normed.to(update.dtype)), residual
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": -1, "inputs_embeds": 0})
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
 class GuidedLlama(nn.Module):
-    """From token embeddings to the guided hidden state."""
+    """From token ids to the guided hidden state.
+
+    Ids are embedded here and not, as vLLM has it for multimodal models, in front of the graph, where each of seven
+    kernels is launched by itself, at every step.
+    """
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
@@ -139,6 +144,8 @@ class GuidedLlama(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
+        self.text_emb = nn.Embedding(config.text_vocabulary, config.hidden_size)
+        self.speech_emb = nn.Embedding(SPEECH_VOCABULARY, config.hidden_size)
         self.text_pos_emb = nn.Embedding(config.text_positions, config.hidden_size)
         self.speech_pos_emb = nn.Embedding(config.speech_positions, config.hidden_size)
         self.rotary = CenteredRotary(config)
@@ -147,30 +154,34 @@ class GuidedLlama(nn.Module):
         )
         self.norm = FullPrecisionNorm(config.hidden_size, config.rms_norm_eps)
 
-    def embed_positions(self, kind: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """Upstream's ``prepare_input_embeds``: learned positions, and the row whose text tokens are zeroed.
+    def embed(self, kind: Tensor, input_ids: Tensor, inputs_embeds: Tensor) -> Tensor:
+        """Upstream's ``prepare_input_embeds``: tokens, learned positions, and the row whose text tokens are zeroed.
 
         Args:
             kind: (N,) int64, ``positions.unpack``'s.
-            inputs_embeds: (N, H) token embeddings and voice vectors, without positions.
+            input_ids: (N,), vLLM's ids: speech as it is, then text.
+            inputs_embeds: (N, H), of which vectors of a voice are read, without positions.
 
         Returns:
             (2N, H) float32: conditional and unconditional rows, interleaved.
         """
         is_text = ((kind > 0) & (kind < ORIGIN)).unsqueeze(-1)
         is_speech = (kind >= ORIGIN).unsqueeze(-1)
-        # Out-of-range rows belong to padding, whose positions mean nothing.
-        text = self.text_pos_emb((kind - 1).clamp(0, self.text_pos_emb.num_embeddings - 1)).float()
-        speech = self.speech_pos_emb((kind - ORIGIN).clamp(0, self.speech_pos_emb.num_embeddings - 1)).float()
-        learned = torch.where(is_speech, speech, torch.where(is_text, text, torch.zeros_like(text)))
-        tokens = inputs_embeds.float()
-        unconditional = torch.where(is_text, torch.zeros_like(tokens), tokens)
+        # Out-of-range rows belong to padding, whose ids and positions mean nothing.
+        text = _looked_up(self.text_emb, input_ids - SPEECH_VOCABULARY)
+        speech = _looked_up(self.speech_emb, input_ids)
+        tokens = torch.where(is_speech, speech, torch.where(is_text, text, inputs_embeds.float()))
+        text_position = _looked_up(self.text_pos_emb, kind - 1)
+        speech_position = _looked_up(self.speech_pos_emb, kind - ORIGIN)
+        nothing = torch.zeros_like(tokens)
+        learned = torch.where(is_speech, speech_position, torch.where(is_text, text_position, nothing))
+        unconditional = torch.where(is_text, nothing, tokens)
         return torch.stack([tokens + learned, unconditional + learned], dim=1).flatten(0, 1)
 
-    def forward(self, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
-        """positions (3, N) int64, inputs_embeds (N, H) -> guided hidden state (N, H), in the model's dtype."""
+    def forward(self, input_ids: Tensor, positions: Tensor, inputs_embeds: Tensor) -> Tensor:
+        """input_ids (N,), positions (3, N) int64, inputs_embeds (N, H) -> guided hidden state, like inputs_embeds."""
         rope, kind, weight = unpack(positions)
-        residual = self.embed_positions(kind, inputs_embeds)
+        residual = self.embed(kind, input_ids, inputs_embeds)
         update = torch.zeros_like(residual, dtype=inputs_embeds.dtype)
         angles = self.rotary(rope)
         for layer in self.layers:
@@ -181,3 +192,9 @@ class GuidedLlama(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+def _looked_up(table: nn.Embedding, rows: Tensor) -> Tensor:
+    """(N,) rows, brought into range, to (N, H) float32."""
+    embedded: Tensor = table(rows.clamp(0, table.num_embeddings - 1))
+    return embedded.float()

@@ -16,7 +16,7 @@ from chatterbox_vllm.memory import torch_memory
 
 EXTENSION = f"{__name__}.Footprint"
 """vLLM's ``worker_extension_cls``."""
-EMBEDDINGS = ("text_emb", "speech_emb", "speech_head", "tfmr.text_pos_emb", "tfmr.speech_pos_emb")
+EMBEDDINGS = ("tfmr.text_", "tfmr.speech_", "speech_head")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Footprint:
 
 def weigh(model: nn.Module) -> dict[str, int]:
     """The weights' part of ``T3Footprint``."""
-    dtype = model.speech_emb.weight.element_size()
+    dtype = model.tfmr.speech_emb.weight.element_size()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LinearBase)}
     in_linear = tuple(f"{name}." for name in linear)
     others = {name: tensor for name, tensor in _tensors(model) if not name.startswith(in_linear)}

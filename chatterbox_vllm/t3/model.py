@@ -1,4 +1,4 @@
-"""The vLLM model: embeddings and head around ``GuidedLlama``, and the interfaces vLLM asks for."""
+"""The vLLM model: ``GuidedLlama``, the head, and the interfaces vLLM asks for."""
 
 from __future__ import annotations
 
@@ -23,13 +23,24 @@ from chatterbox_vllm.types import SPEECH_VOCABULARY, START_SPEECH, STOP_SPEECH
 
 # computed in front of the engine, or never used in inference
 UNUSED_WEIGHTS = ("tfmr.embed_tokens.", "text_head.", "cond_enc.")
-RENAMED_WEIGHTS = {"text_pos_emb.emb.": "tfmr.text_pos_emb.", "speech_pos_emb.emb.": "tfmr.speech_pos_emb."}
+RENAMED_WEIGHTS = {
+    "text_emb.": "tfmr.text_emb.",
+    "speech_emb.": "tfmr.speech_emb.",
+    "text_pos_emb.emb.": "tfmr.text_pos_emb.",
+    "speech_pos_emb.emb.": "tfmr.speech_pos_emb.",
+}
 
 
 @MULTIMODAL_REGISTRY.register_processor(VoiceProcessor, info=VoiceInfo, dummy_inputs=DummyVoice)
 class ChatterboxT3(nn.Module, SupportsMultiModal, SupportsMRoPE, SupportsQuant):
-    """T3 for vLLM. Ids: speech 0..8193, text from 8194, then the voice placeholder."""
+    """T3 for vLLM. Ids: speech 0..8193, text from 8194, then the voice placeholder.
 
+    Args:
+        raw_logits: the sampler masks ids itself, so that ``compute_logits`` is the head's product alone; see ``state``.
+    """
+
+    requires_raw_input_tokens = True
+    raw_logits = False
     hf_to_vllm_mapper = GuidedLlama.hf_to_vllm_mapper
     packed_modules_mapping = {  # noqa: RUF012 (vLLM's interface)
         "qkv_proj": ["q_proj", "k_proj", "v_proj"],
@@ -40,8 +51,6 @@ class ChatterboxT3(nn.Module, SupportsMultiModal, SupportsMRoPE, SupportsQuant):
         super().__init__()
         config: T3Config = vllm_config.model_config.hf_config
         self.config = config
-        self.text_emb = nn.Embedding(config.text_vocabulary, config.hidden_size)
-        self.speech_emb = nn.Embedding(SPEECH_VOCABULARY, config.hidden_size)
         self.tfmr = GuidedLlama(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "tfmr"))
         # never quantised: it is small, and every token goes through it
         self.speech_head = ParallelLMHead(
@@ -60,14 +69,12 @@ class ChatterboxT3(nn.Module, SupportsMultiModal, SupportsMRoPE, SupportsQuant):
     def embed_input_ids(
         self, input_ids: Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Tensor | None = None
     ) -> Tensor:
-        """(N,) ids -> (N, H), voice vectors in their places; positions are added in ``GuidedLlama``."""
-        is_text = (input_ids >= SPEECH_VOCABULARY).unsqueeze(-1)
-        text = self.text_emb((input_ids - SPEECH_VOCABULARY).clamp(0, self.config.text_vocabulary - 1))
-        embeds = torch.where(is_text, text, self.speech_emb(input_ids.clamp(0, SPEECH_VOCABULARY - 1)))
+        """(N,) ids -> (N, H): voice vectors in their places. ``GuidedLlama`` embeds the ids."""
+        table = self.tfmr.speech_emb.weight
+        embeds = table.new_zeros(len(input_ids), table.shape[1])
         if multimodal_embeddings is not None and len(multimodal_embeddings) > 0:
             assert is_multimodal is not None
-            voice = torch.cat(list(multimodal_embeddings)).to(embeds)
-            embeds[is_multimodal.to(embeds.device)] = voice
+            embeds[is_multimodal.to(embeds.device)] = torch.cat(list(multimodal_embeddings)).to(embeds)
         return embeds
 
     def get_mrope_input_positions(
@@ -88,20 +95,32 @@ class ChatterboxT3(nn.Module, SupportsMultiModal, SupportsMRoPE, SupportsQuant):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """positions (3, N), inputs_embeds (N, H) -> (N, H), guided."""
+        """input_ids (N,), positions (3, N), inputs_embeds (N, H) -> (N, H), guided."""
+        assert input_ids is not None
         assert inputs_embeds is not None
-        return self.tfmr(positions, inputs_embeds)
+        return self.tfmr(input_ids, positions, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """(N, H) -> (N, vocabulary); text ids and, unless parity is asked for, unspoken ids are -inf."""
+        """(N, H) -> (N, vocabulary), ``masked``; or with ``raw_logits`` (N, 8194), speech ids' alone."""
         logits = self.logits_processor(self.speech_head, hidden_states)
-        if logits is None:  # a tensor-parallel rank that does not sample
-            return None
+        if logits is None or self.raw_logits:  # None for a tensor-parallel rank that does not sample
+            return logits
+        return self.masked(logits)
+
+    def masked(self, logits: Tensor) -> Tensor:
+        """(N, 8194) -> (N, vocabulary); text ids and, unless parity is asked for, unspoken ids are -inf."""
         logits.index_fill_(1, self.unspoken, float("-inf"))
         return nn.functional.pad(logits, (0, self.config.vocab_size - SPEECH_VOCABULARY), value=float("-inf"))
 
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """vLLM's interface; of its V2 model runner, which the CPU build lacks."""
+        from chatterbox_vllm.t3.state import GuidedModelState
+
+        return GuidedModelState
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        dtype = self.speech_emb.weight.dtype
+        dtype = self.tfmr.speech_emb.weight.dtype
         return AutoWeightsLoader(self).load_weights(_used(weights, dtype), mapper=self.hf_to_vllm_mapper)
 
 

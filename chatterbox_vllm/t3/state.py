@@ -1,0 +1,33 @@
+"""What T3 does of its own in vLLM's V2 model runner, of which a step's Python is most of the time of few requests.
+
+Each kernel that is launched outside of the CUDA graph takes that Python 10 to 50 us, and there were forty. So nothing
+is embedded for a batch that only decodes (``GuidedLlama`` does that), and a token is drawn in one kernel (``sampler``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.states import RequestState
+
+from chatterbox_vllm.t3.sampler import OneKernelSampler
+
+
+class GuidedModelState(DefaultModelState):
+    """vLLM's ``ModelState`` of ``ChatterboxT3``."""
+
+    def prepare_inputs_embeds(
+        self, scheduled_encoder_inputs: dict[str, list[int]], input_batch: InputBatch, req_states: RequestState
+    ) -> Tensor:
+        """Voice vectors belong to prompts: where there is none, nothing is written, and nothing of it is read."""
+        if input_batch.has_prefill or scheduled_encoder_inputs:
+            return super().prepare_inputs_embeds(scheduled_encoder_inputs, input_batch, req_states)
+        return self.dummy_inputs_embeds(input_batch.num_tokens_after_padding)
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, Any]:
+        """vLLM's sampler and no rejection sampler, as there is nothing drafted."""
+        return OneKernelSampler(sampler, self.model), None

@@ -1,0 +1,166 @@
+"""T3's sampling in one kernel against vLLM's kernels, to the token.
+
+On a card as it is; without one, in Triton's interpreter, which needs Triton: see ``test_vocoder_cuda``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ON_CARD = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_CARD else "cpu")
+if not ON_CARD:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+VLLM = "vllm.v1.worker.gpu.sample"
+KERNELS = (f"{VLLM}.gumbel", f"{VLLM}.min_p", f"{VLLM}.penalties", f"{VLLM}.sampler", "chatterbox_vllm.t3.kernels")
+VOCABULARY = 8194 + 704 + 1
+SILENT = -float("inf")
+
+
+@pytest.fixture
+def modules() -> Iterator[dict[str, Any]]:
+    """vLLM's kernels and ours. Where vLLM sees no card, it has no Triton: then they are imported anew, with one."""
+    if ON_CARD:
+        yield {name.rpartition(".")[2]: importlib.import_module(name) for name in KERNELS}
+        return
+    import triton
+    import triton.language as tl
+    import vllm  # noqa: F401
+
+    again = [*KERNELS, f"{VLLM}.states", "chatterbox_vllm.t3.sampler"]
+    before = {name: sys.modules.pop(name, None) for name in ("vllm.triton_utils", *again)}
+    sys.modules["vllm.triton_utils"] = SimpleNamespace(tl=tl, triton=triton, HAS_TRITON=True)  # type: ignore[assignment]
+    try:
+        yield {name.rpartition(".")[2]: importlib.import_module(name) for name in KERNELS}
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
+
+
+class State:
+    """What vLLM keeps of requests, some of them in work: ``rows`` says which."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.rows = torch.tensor([3, 0, 6, 1, 5, 4], device=DEVICE)
+        self.position = torch.tensor([98, 200, 131, 99, 512, 1000], device=DEVICE)
+        self.temperature = torch.tensor([0.8, 0.0, 1.0, 0.8, 1.3, 0.8, 0.5]).to(DEVICE)
+        self.min_p = torch.tensor([0.05, 0.05, 0.0, 0.2, 0.05, 0.0, 0.1]).to(DEVICE)
+        self.repetition = torch.tensor([1.2, 1.2, 1.0, 2.0, 1.1, 1.2, 1.0]).to(DEVICE)
+        self.seeds = torch.randint(-(2**62), 2**62, (7,), generator=generator).to(DEVICE)
+        seen = torch.randint(0, 8194, (7, 300), generator=generator)
+        counts = torch.zeros(7, VOCABULARY, dtype=torch.int32)
+        self.counts = counts.scatter_(1, seen, 1).to(DEVICE)
+        self.prompt = torch.zeros(7, -(-VOCABULARY // 32), dtype=torch.int32)
+        self.prompt[:, 6561 // 32] = 1 << 6561 % 32
+        self.prompt[2:5, 17] = 0x0F0F00FF
+        self.prompt = self.prompt.to(DEVICE)
+
+    @property
+    def zeros(self) -> Tensor:
+        return torch.zeros(7, device=DEVICE)
+
+
+def masked(logits: Tensor, *, mask: bool) -> Tensor:
+    from chatterbox_vllm.t3.model import ChatterboxT3, unspoken_ids
+
+    model = SimpleNamespace(unspoken=unspoken_ids(mask).to(DEVICE), config=SimpleNamespace(vocab_size=VOCABULARY))
+    return ChatterboxT3.masked(model, logits.clone())  # type: ignore[arg-type]
+
+
+def vllms_token(modules: dict[str, Any], logits: Tensor, state: State) -> Tensor:
+    """As ``Sampler.apply_sampling_params`` and ``_sample_random`` go about it."""
+    logits, none = logits.float(), torch.zeros(len(logits), dtype=torch.int32, device=DEVICE)
+    penalties = (state.repetition, state.zeros, state.zeros, state.prompt, state.counts)
+    modules["penalties"].apply_penalties(logits, state.rows, none, none, *penalties)
+    modules["gumbel"].apply_temperature(logits, state.rows, state.temperature)
+    modules["min_p"].apply_min_p(logits, state.rows, state.min_p)
+    options = {"apply_temperature": False, "is_drafting": False}
+    return modules["gumbel"].gumbel_sample(
+        logits, state.rows, state.temperature, state.seeds, state.position, **options
+    )
+
+
+def shared(values: Tensor) -> SimpleNamespace:
+    """As vLLM's tensors that a CPU and a card share."""
+    return SimpleNamespace(gpu=values, np=values.cpu().numpy())
+
+
+def one_kernel(modules: dict[str, Any], state: State, *, mask: bool) -> Any:
+    """Our sampler in place of a vLLM's that has this state."""
+    from chatterbox_vllm.t3.model import unspoken_ids
+
+    off = shared(state.zeros)
+    sampling = {"temperature": shared(state.temperature), "min_p": shared(state.min_p), "seeds": shared(state.seeds)}
+    sampling |= {"top_p": shared(state.zeros + 1), "top_k": shared(state.zeros + VOCABULARY)}
+    penalties = SimpleNamespace(
+        repetition_penalty=shared(state.repetition),
+        frequency_penalty=off,
+        presence_penalty=off,
+        prompt_bin_mask=state.prompt,
+        output_bin_counts=state.counts,
+    )
+    vllms = SimpleNamespace(
+        sampling_states=SimpleNamespace(**sampling, vocab_size=VOCABULARY),
+        penalties_state=penalties,
+        logits_processors=[SimpleNamespace(use_logit_bias=off.np), penalties, SimpleNamespace(num_bad_words=off)],
+        thinking_budget_state=SimpleNamespace(enabled=False),
+        use_fp64_gumbel=False,
+    )
+    model = SimpleNamespace(unspoken=unspoken_ids(mask), masked=lambda logits: masked(logits, mask=mask))
+    sampler = importlib.import_module("chatterbox_vllm.t3.sampler").OneKernelSampler(vllms, model)
+    assert model.raw_logits
+    return sampler
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_the_token_is_vllms(modules: dict[str, Any], mask: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = State(generator)
+    sampler, drawn = one_kernel(modules, state, mask=mask), []
+    for _ in range(8):
+        logits = (4 * torch.randn(6, 8194, generator=generator)).to(DEVICE, torch.bfloat16)
+        own, _ = sampler.sample(logits, state.rows, state.rows, state.rows.cpu().numpy(), state.position)
+        assert own.tolist() == vllms_token(modules, masked(logits, mask=mask), state).tolist()
+        drawn += own.tolist()
+    assert len(set(drawn)) > 40
+    assert any(token > 6562 for token in drawn) is not mask
+
+
+@pytest.mark.parametrize(
+    "unusual", ["top_p", "top_k", "use_logit_bias", "frequency_penalty", "presence_penalty", "num_bad_words"]
+)
+def test_what_the_kernel_does_not_know_is_left_to_vllm(
+    modules: dict[str, Any], unusual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = State(torch.Generator().manual_seed(0))
+    sampler, asked = one_kernel(modules, state, mask=True), []
+    monkeypatch.setattr(type(sampler).__bases__[0], "sample", lambda _, logits, *args, **kwargs: asked.append(logits))
+    logits, rows = torch.zeros(2, 8194, device=DEVICE), state.rows[:2]
+    call = (logits, rows, rows, rows.cpu().numpy(), state.position[:2])
+    sampler.sample(*call)
+    assert not asked
+    for part in (sampler.sampling_states, *sampler.logits_processors):
+        values = vars(part).get(unusual)
+        if values is not None:
+            vars(part)[unusual] = shared(torch.full((7,), 0.5)) if isinstance(values, SimpleNamespace) else values + 1
+    sampler.sample(*call)
+    (given,) = asked
+    assert given.shape == (2, VOCABULARY)
+    assert given[0, [0, 6561, 6562, 6563, 8194]].tolist() == [0.0, SILENT, 0.0, SILENT, SILENT]
+    asked.clear()
+    one_kernel(modules, state, mask=True).sample(*call, return_logprobs=True)
+    assert len(asked) == 1
