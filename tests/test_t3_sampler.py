@@ -24,7 +24,10 @@ if not ON_CARD:
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 VLLM = "vllm.v1.worker.gpu.sample"
-KERNELS = (f"{VLLM}.gumbel", f"{VLLM}.min_p", f"{VLLM}.penalties", f"{VLLM}.sampler", "chatterbox_vllm.t3.kernels")
+KERNELS = (
+    *(f"{VLLM}.{name}" for name in ("gumbel", "logit_bias", "min_p", "penalties", "sampler")),
+    "chatterbox_vllm.t3.kernels",
+)
 VOCABULARY = 8194 + 704 + 1
 SILENT = -float("inf")
 
@@ -61,6 +64,8 @@ class State:
         self.min_p = torch.tensor([0.05, 0.05, 0.0, 0.2, 0.05, 0.0, 0.1]).to(DEVICE)
         self.repetition = torch.tensor([1.2, 1.2, 1.0, 2.0, 1.1, 1.2, 1.0]).to(DEVICE)
         self.seeds = torch.randint(-(2**62), 2**62, (7,), generator=generator).to(DEVICE)
+        self.stops = torch.tensor([0, 1, 0, 1, 1, 1, 0], dtype=torch.int32, device=DEVICE)
+        self.shortest = torch.tensor([0, 101, 0, 99, 900, 600, 0], dtype=torch.int32, device=DEVICE)
         seen = torch.randint(0, 8194, (7, 300), generator=generator)
         counts = torch.zeros(7, VOCABULARY, dtype=torch.int32)
         self.counts = counts.scatter_(1, seen, 1).to(DEVICE)
@@ -83,7 +88,12 @@ def masked(logits: Tensor, *, mask: bool) -> Tensor:
 
 def vllms_token(modules: dict[str, Any], logits: Tensor, state: State) -> Tensor:
     """As ``Sampler.apply_sampling_params`` and ``_sample_random`` go about it."""
-    logits, none = logits.float(), torch.zeros(len(logits), dtype=torch.int32, device=DEVICE)
+    logits, none = logits.float(), torch.zeros(7, dtype=torch.int32, device=DEVICE)
+    ids = torch.full((7, 128), 6562, dtype=torch.int32, device=DEVICE)
+    modules["logit_bias"].apply_logit_bias(
+        *(logits, state.rows, state.position, none, ids, none, ids, state.zeros[:, None]),
+        *(state.shortest, state.stops, none, ids),
+    )
     penalties = (state.repetition, state.zeros, state.zeros, state.prompt, state.counts)
     modules["penalties"].apply_penalties(logits, state.rows, none, none, *penalties)
     modules["gumbel"].apply_temperature(logits, state.rows, state.temperature)
@@ -104,6 +114,8 @@ def one_kernel(modules: dict[str, Any], state: State, *, mask: bool) -> Any:
     from chatterbox_vllm.t3.model import unspoken_ids
 
     off = shared(state.zeros)
+    bias = {"num_allowed_token_ids": off, "num_logit_bias": off, "restore_when_all_masked": off}
+    bias |= {"num_stop_token_ids": shared(state.stops), "min_lens": shared(state.shortest)}
     sampling = {"temperature": shared(state.temperature), "min_p": shared(state.min_p), "seeds": shared(state.seeds)}
     sampling |= {"top_p": shared(state.zeros + 1), "top_k": shared(state.zeros + VOCABULARY)}
     penalties = SimpleNamespace(
@@ -116,7 +128,7 @@ def one_kernel(modules: dict[str, Any], state: State, *, mask: bool) -> Any:
     vllms = SimpleNamespace(
         sampling_states=SimpleNamespace(**sampling, vocab_size=VOCABULARY),
         penalties_state=penalties,
-        logits_processors=[SimpleNamespace(use_logit_bias=off.np), penalties, SimpleNamespace(num_bad_words=off)],
+        logits_processors=[SimpleNamespace(**bias), penalties, SimpleNamespace(num_bad_words=off)],
         thinking_budget_state=SimpleNamespace(enabled=False),
         use_fp64_gumbel=False,
     )
@@ -133,15 +145,21 @@ def test_the_token_is_vllms(modules: dict[str, Any], mask: bool) -> None:
     sampler, drawn = one_kernel(modules, state, mask=mask), []
     for _ in range(8):
         logits = (4 * torch.randn(6, 8194, generator=generator)).to(DEVICE, torch.bfloat16)
+        logits[::2, 6562] = 30.0  # of these three that want to stop, the last may not yet
         own, _ = sampler.sample(logits, state.rows, state.rows, state.rows.cpu().numpy(), state.position)
         assert own.tolist() == vllms_token(modules, masked(logits, mask=mask), state).tolist()
         drawn += own.tolist()
-    assert len(set(drawn)) > 40
+    assert len(set(drawn)) > 30
+    assert drawn.count(6562) == 16
     assert any(token > 6562 for token in drawn) is not mask
 
 
 @pytest.mark.parametrize(
-    "unusual", ["top_p", "top_k", "use_logit_bias", "frequency_penalty", "presence_penalty", "num_bad_words"]
+    "unusual",
+    [
+        *("top_p", "top_k", "frequency_penalty", "presence_penalty", "num_bad_words"),
+        *("num_allowed_token_ids", "num_logit_bias", "num_stop_token_ids", "restore_when_all_masked"),
+    ],
 )
 def test_what_the_kernel_does_not_know_is_left_to_vllm(
     modules: dict[str, Any], unusual: str, monkeypatch: pytest.MonkeyPatch
@@ -156,7 +174,7 @@ def test_what_the_kernel_does_not_know_is_left_to_vllm(
     for part in (sampler.sampling_states, *sampler.logits_processors):
         values = vars(part).get(unusual)
         if values is not None:
-            vars(part)[unusual] = shared(torch.full((7,), 0.5)) if isinstance(values, SimpleNamespace) else values + 1
+            vars(part)[unusual] = shared(torch.full((7,), 2.5))
     sampler.sample(*call)
     (given,) = asked
     assert given.shape == (2, VOCABULARY)

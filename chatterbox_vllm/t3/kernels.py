@@ -23,19 +23,26 @@ def draw(
     temperature,
     min_p,
     seeds,
+    stops,
+    shortest,
     out,
     COUNT: tl.constexpr,
     SILENT: tl.constexpr,
+    STOP: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """Draws one of the first COUNT ids, but not SILENT, for each row. Grid: (N,).
 
     ``rows`` says where a request's parameters are; ``prompt``, a bit an id, and ``counts`` say which ids it has seen.
+    Where there are ``stops``, STOP may not be drawn before ``shortest`` positions.
     """
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + token)
+    place = tl.load(position + token)
     id = tl.arange(0, SIZE)
     real = (id < COUNT) & (id != SILENT)
+    if (tl.load(stops + row) > 0) & (place + 1 < tl.load(shortest + row)):
+        real = real & (id != STOP)
     value = tl.load(logits + token * stride + id, mask=real, other=-float("inf")).to(tl.float32)
     bits = tl.load(prompt + row * prompt_stride + id // 32, mask=real, other=0)
     seen = ((bits >> (id % 32)) & 1) != 0
@@ -48,7 +55,7 @@ def draw(
     least = tl.load(min_p + row).to(tl.float32)
     if least != 0.0:
         value = tl.where(value < tl.max(value) + tl.log(least), -float("inf"), value)
-    seed, place = tl.load(seeds + row), tl.load(position + token)
+    seed = tl.load(seeds + row)
     _, drawn = gumbel_noised_argmax(
         value, id, real, seed, place, heat, IS_DRAFTING=False, USE_FP64=False, APPLY_TEMPERATURE=False
     )

@@ -1,4 +1,4 @@
-"""vLLM's sampling in one kernel: repetition penalty, temperature, min_p, and a token drawn.
+"""vLLM's sampling in one kernel: fewest tokens, repetition penalty, temperature, min_p, and a token drawn.
 
 vLLM's own sampler launches nine for that. Numbers are computed as it computes them, and its noise is used: so the same
 token is drawn.
@@ -56,7 +56,7 @@ class OneKernelSampler(Sampler):
             mapped = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *others)
             return super().sample(self._masked(logits), *mapped, return_logprobs=return_logprobs)
         sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        states, penalties = self.sampling_states, self.penalties_state
+        states, penalties, (bias, *_) = self.sampling_states, self.penalties_state, self.logits_processors
         draw[(len(logits),)](
             logits,
             logits.stride(0),
@@ -70,9 +70,12 @@ class OneKernelSampler(Sampler):
             states.temperature.gpu,
             states.min_p.gpu,
             states.seeds.gpu,
+            bias.num_stop_token_ids.gpu,
+            bias.min_lens.gpu,
             sampled,
             COUNT=STOP_SPEECH + 1 if self._masks else SPEECH_VOCABULARY,
             SILENT=START_SPEECH if self._masks else -1,
+            STOP=STOP_SPEECH,
             SIZE=triton.next_power_of_2(STOP_SPEECH + 1 if self._masks else SPEECH_VOCABULARY),
             num_warps=_WARPS,
         )
@@ -84,7 +87,10 @@ class OneKernelSampler(Sampler):
         unusual = (
             states.top_p.np[rows] != 1.0,
             states.top_k.np[rows] != states.vocab_size,
-            bias.use_logit_bias[rows],
+            bias.num_allowed_token_ids.np[rows],
+            bias.num_logit_bias.np[rows],
+            bias.num_stop_token_ids.np[rows] > 1,  # STOP_SPEECH alone, for those that may not stop yet
+            bias.restore_when_all_masked.np[rows],
             penalties.frequency_penalty.np[rows],
             penalties.presence_penalty.np[rows],
             bad_words.num_bad_words.np[rows],
