@@ -22,6 +22,7 @@ from chatterbox_vllm.vocoder.batching import padded, row_mask
 from chatterbox_vllm.vocoder.cuda import encoder
 from chatterbox_vllm.vocoder.cuda.encoder import ALIGNMENT, HalfEncoder
 from chatterbox_vllm.vocoder.cuda.tiling import Tile, Tiling
+from chatterbox_vllm.vocoder.estimator import Estimator, EstimatorSizes
 from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.noise import Stream
 from tests.vocoder_support import tensors
@@ -97,6 +98,34 @@ def test_the_estimator_agrees_for_packed_rows(networks, monkeypatch):
             assert (row - whole[:length]).abs().mean() < 0.002
         (alone,) = solver.solve(noisy[1:2], mu[1:2], speaker[1:2], cond[1:2], lengths[1:2], steps)
         assert (alone - actual[1]).abs().max() < 0.01
+
+
+@needs_triton
+@torch.inference_mode()
+@pytest.mark.parametrize("frames", [640, 1024, 2048, 4096])
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 227 * 1024])
+def test_every_tiling_computes_the_real_widths(frames, shared_memory, monkeypatch):
+    """One block a stage and one stage in the middle, but as wide as upstream's; few of a graph's rows are in use."""
+    from chatterbox_vllm.vocoder.cuda import graphs
+    from chatterbox_vllm.vocoder.cuda.estimator import PackedEstimator
+
+    if not ON_CARD:
+        without_card(monkeypatch)
+    monkeypatch.setattr(graphs, "SMALLEST", frames)
+    torch.manual_seed(0)
+    sizes = EstimatorSizes(inputs=320, outputs=80, width=256, heads=8, feed_forward=1024, blocks=1, mid_stages=1)
+    flow, lengths = built().flow, [130, 3]
+    flow.decoder["estimator"] = Estimator(sizes)
+    noisy, mu, cond = torch.randn(3, 2, 130, 80).to(DEVICE)
+    given = (noisy, mu, torch.randn(2, 80).to(DEVICE), cond)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        expected = flow.to(DEVICE).solve(*given, row_mask(lengths, DEVICE), 1)
+    estimator = PackedEstimator(flow.cpu().estimator, dtype=torch.float16, device=DEVICE)
+    solver = graphs.GraphSolver(estimator, frames=frames)
+    solver._shared_memory = shared_memory
+    for row, start, end in zip(solver.solve(*given, lengths, 1), noisy, expected, strict=True):
+        assert (end - start).std() > 0.1
+        assert (row - end[: len(row)]).abs().max() < 0.01
 
 
 @needs_triton
@@ -248,6 +277,23 @@ def test_hift_agrees_for_packed_utterances(networks, monkeypatch):
             assert expected[row, : 480 * length].std() > 0.01
             assert (samples[row] - expected[row, : 480 * length]).abs().max() < 2e-3
             assert (cycles[row] - turned[row, :, : length + 1]).abs().max() < 1e-2
+
+
+@needs_triton
+@torch.inference_mode()
+def test_an_utterance_that_is_no_number_keeps_it_to_itself(networks, monkeypatch):
+    from chatterbox_vllm.vocoder.cuda import hift
+
+    if not ON_CARD:
+        monkeypatch.setattr(hift, "Captured", Called)
+    fused = hift.FusedHift(built().mel2wav, device=DEVICE, pool=None)
+    given = stretch([9, 17, 12], networks.mel2wav.m_source.waves)
+    expected = [samples.clone() for samples in fused(given)[0]]
+    given.mel[1, 4] = torch.nan
+    first, damaged, last = fused(given)[0]
+    assert damaged.isnan().any()
+    for actual, whole in ((first, expected[0]), (last, expected[2])):
+        assert (actual - whole).abs().max() < 1e-5
 
 
 @needs_triton

@@ -30,6 +30,7 @@ class Stub:
         self.batches: list[list[Step]] = []
         self.gate = threading.Event()
         self.fail: set[Utterance] = set()
+        self.nonsense: set[Utterance] = set()
         self.error: Exception = torch.OutOfMemoryError("no memory")
         self.running = threading.Event()
 
@@ -46,7 +47,8 @@ class Stub:
         assert self.gate.wait(10)
         if self.fail & {step.utterance for step in steps}:
             raise self.error
-        return Here([said(step, float(len(step.tokens))) for step in steps])
+        nonsense = float("nan")
+        return Here([said(step, nonsense if step.utterance in self.nonsense else len(step.tokens)) for step in steps])
 
 
 def utterance(steps: int = 10) -> Utterance:
@@ -206,6 +208,22 @@ def test_an_error_fails_its_batch_only():
         assert (bad.released, len(bad.tokens)) == (0, 0)
         stub.fail = set()
         assert heard(await pool.submit(chunk(bad, 7))) == 7.0
+
+    run(scenario)
+
+
+def test_what_is_no_number_is_an_error_and_not_silence():
+    async def scenario(pool, stub):
+        bad = utterance()
+        stub.nonsense = {bad}
+        tasks = await queued(pool, stub, chunk(bad), chunk(count=3))
+        stub.gate.set()
+        _, error, other = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(error, EngineError)
+        assert "not numbers" in str(error)
+        assert heard(other) == 3.0
+        assert (bad.released, len(bad.tokens), bad.mel) == (0, 0, None)
+        assert pool.is_alive
 
     run(scenario)
 

@@ -148,6 +148,7 @@ class Vocoder:
         Raises:
             ValueError: two chunks are of one utterance, or one came after its final chunk.
             torch.OutOfMemoryError: for one utterance alone. As after every error, no utterance has changed.
+            EngineError: an utterance's sound is none; those before it in ``chunks`` have changed.
         """
         if len({chunk.utterance for chunk in chunks}) < len(chunks):
             raise ValueError("a batch holds two chunks of one utterance")

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from chatterbox_vllm.errors import EngineError
 from chatterbox_vllm.types import SpeechOptions, VoiceFeatures
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN, LOOKAHEAD_TOKENS
 from chatterbox_vllm.vocoder.hift import DECODER_REACH, REACH
@@ -168,7 +169,13 @@ class Step:
         self.utterance.finished = self.final
 
     def settle(self, said: Said) -> None:
-        """Notes what was said, and takes the tokens."""
+        """Notes what was said, and takes the tokens.
+
+        Raises:
+            EngineError: it is no sound; the utterance has not changed.
+        """
+        if not said.samples.isfinite().all():
+            raise EngineError("the vocoder computed samples that are not numbers; this request's voice may be damaged")
         utterance = self.utterance
         utterance.mel = said.mel if utterance.mel is None else torch.cat([utterance.mel, said.mel])
         utterance.released = self.released

@@ -176,7 +176,7 @@ class VocoderPool:
             (n,) float32 samples on the CPU, as ``Vocoder.advance`` gives them.
 
         Raises:
-            EngineError: its batch failed, or its worker died with it.
+            EngineError: its batch failed, its worker died with it, or what it says is no sound.
             EngineDead: the pool is closed, was closed meanwhile, was never started, or all its workers are dead.
             ValueError: another chunk of the utterance is not answered yet, or was its final one.
         """

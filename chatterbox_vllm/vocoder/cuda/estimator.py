@@ -318,9 +318,10 @@ class PackedEstimator:
         next_norm: _Norm | None = None,
     ) -> None:
         assert conv is not None
-        more = 0 if second is None else second.shape[1]
         skipped, from_first, from_second = skip or (conv, source, None)
-        tile = tiling.conv.fitting(columns=self.width, depth=math.gcd(source.shape[1], more))
+        more, more_skipped = (0 if beside is None else beside.shape[1] for beside in (second, from_second))
+        inputs = math.gcd(source.shape[1], more, from_first.shape[1], more_skipped)
+        tile = tiling.conv.fitting(columns=self.width, depth=inputs)
         unused = conv.bias
         kernels.convolution[(triton.cdiv(len(rows.place), tile.rows),)](
             source,
@@ -346,7 +347,7 @@ class PackedEstimator:
             ACTIVATE=norm is not None,
             SHIFT=shift is not None,
             SKIP=from_first.shape[1] if skip else 0,
-            SKIP_SECOND=0 if from_second is None else from_second.shape[1],
+            SKIP_SECOND=more_skipped,
             KEEP=stream is not None,
             NORM=next_norm is not None,
             ROWS=tile.rows,

@@ -280,6 +280,7 @@ class FusedHift:
     def _cycles(self, pitch: Tensor, packed: _Packed) -> Tensor:
         """``cycles_at_frames`` for packed utterances: (waves, L) float64."""
         turned = cycles_per_sample(pitch, self._merge.waves)[0].double() * FRAME_SAMPLES
+        turned = turned.nan_to_num()  # what is wrong with one utterance must not be summed up into the next ones
         gone = turned.cumsum(-1) - turned
         known = packed.cycles.T - gone[:, packed.anchor]
         return gone + known[:, packed.utterance]

@@ -75,6 +75,7 @@ def _add_product(acc, left, right, INPUTS: tl.constexpr, OUTPUTS: tl.constexpr, 
         left: (M, DEPTH) pointers to the rows' first piece.
         right: (DEPTH, N) pointers to the columns' first piece.
     """
+    tl.static_assert(INPUTS % DEPTH == 0)
     for start in range(0, INPUTS, DEPTH):
         acc = tl.dot(tl.load(left + start), tl.load(right + start * OUTPUTS), acc)
     return acc
@@ -249,6 +250,7 @@ def _taps(
         left, right: as those of ``_add_product``, for the current rows and the first tap.
         place: (M,), the rows'.
     """
+    tl.static_assert(WIDTH % DEPTH == 0)
     pieces: tl.constexpr = WIDTH // DEPTH
     for piece in range(3 * pieces):
         tap = piece // pieces
