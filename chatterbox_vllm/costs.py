@@ -38,9 +38,9 @@ T3_ROW_BYTES: Final = (16, 8)
 graphs, measured at 1,024 tokens and four graphs."""
 T3_GRAPH_BYTES: Final = 4 * MIB
 """One CUDA graph of T3. Measured with the activations, see there."""
-SOLVER_GRAPH_BYTES: Final = 6 * MIB
-"""One CUDA graph of the vocoder's solver, outside of torch. Measured, 0 to 12 MiB, for a graph of ten steps. A graph is
-of one step now, with a tenth of the kernels; that was not measured again, and this is an upper bound."""
+SOLVER_GRAPH_BYTES: Final = 2 * MIB
+"""One CUDA graph of the vocoder's solver, outside of torch. Assumed: 0 to 12 MiB were measured for graphs of ten steps,
+of which these, of one step, have a tenth of the kernels."""
 POOL_BYTES: Final = (2, 55 * MIB)
 """The pools of the vocoder's graphs: so many times the largest graph's tensors, and so much besides. Measured at 1,704,
 4,096 and 8,192 frames."""

@@ -233,7 +233,7 @@ def test_eight_at_once_take_what_was_measured(demand: Demand) -> None:
 
 
 def in_torch(made: Plan) -> int:
-    """Bytes, and those of the solver's CUDA graphs, 6 MiB each."""
+    """Bytes, and those of the solver's CUDA graphs."""
     outside = ("CUDA contexts", "libraries and kernels")
     return sum(item.bytes for item in made.items if not item.name.startswith(outside))
 

@@ -21,8 +21,6 @@ from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.types import TOKEN_RATE, SpeechOptions
 
-OPTIONS = SpeechOptions(temperature=0.8, top_p=0.95, min_p=0.05, repetition_penalty=1.2)
-
 
 @dataclass(frozen=True)
 class Result:
@@ -45,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--requests", type=int, nargs="+", default=[1, 16, 64, 256], help="how many run at once")
     made.add_argument("--tokens", type=int, default=250, help="tokens a request (default: %(default)s = 10 s)")
     made.add_argument("--rounds", type=int, default=3, help="measured rounds a row, after one warm-up")
+    made.add_argument("--top-p", type=float, default=0.95, help="(default: %(default)s; a server's default is 1)")
     made.add_argument("--quantization", help="handed to vLLM, for instance bitsandbytes")
     made.add_argument("--max-model-len", type=int, default=1024)
     made.add_argument("--gpu-memory-utilization", type=float, default=0.8)
@@ -53,13 +52,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-async def measure(t3: T3Generator, requests: int, tokens: int, rounds: int) -> Result:
-    """Runs ``rounds`` rounds of ``requests`` concurrent utterances of ``tokens`` tokens."""
-    await _round(t3, requests, min(tokens, 50))
+async def measure(t3: T3Generator, requests: int, options: SpeechOptions, rounds: int) -> Result:
+    """Runs ``rounds`` rounds of ``requests`` concurrent utterances, which speak all tokens that they may."""
+    await _round(t3, requests, options.but(max_tokens=min(options.max_tokens, 50)))
     seconds, spoken, firsts = [], 0, []
     for _ in range(rounds):
         started = time.perf_counter()
-        counts, waits = await _round(t3, requests, tokens)
+        counts, waits = await _round(t3, requests, options)
         seconds.append(time.perf_counter() - started)
         spoken = sum(counts)
         firsts += waits
@@ -67,14 +66,13 @@ async def measure(t3: T3Generator, requests: int, tokens: int, rounds: int) -> R
     return Result(requests, spoken, rate, rate / TOKEN_RATE, 1000 * requests / rate, 1000 * median(firsts))
 
 
-async def _round(t3: T3Generator, requests: int, tokens: int) -> tuple[list[int], list[float]]:
-    options = OPTIONS.but(max_tokens=tokens)
+async def _round(t3: T3Generator, requests: int, options: SpeechOptions) -> tuple[list[int], list[float]]:
     voice = random_voice(0)
 
     async def one(index: int) -> tuple[int, float]:
         count, first, started = 0, 0.0, time.perf_counter()
         text = random_text(index, t3.text_vocabulary)
-        async for new in t3.tokens(text, voice, options, incremental=True, min_tokens=tokens):
+        async for new in t3.tokens(text, voice, options, incremental=True, min_tokens=options.max_tokens):
             first = first or time.perf_counter() - started
             count += len(new)
         return count, first
@@ -98,10 +96,10 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     load_seconds = time.perf_counter() - started
     try:
-        results = []
+        results, options = [], SpeechOptions(top_p=arguments.top_p, max_tokens=arguments.tokens)
         print(f"{'requests':>8} {'tokens/s':>10} {'x real time':>12} {'step ms':>8} {'first token ms':>15}")
         for requests in arguments.requests:
-            row = await measure(t3, requests, arguments.tokens, arguments.rounds)
+            row = await measure(t3, requests, options, arguments.rounds)
             results.append(row)
             print(
                 f"{row.requests:>8} {row.tokens_per_second:>10,.0f} {row.realtime_factor:>12,.1f} "

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from chatterbox_vllm.t3.model import ChatterboxT3
 
-_WARPS: Final = 16
+_WARPS: Final = 8
+"""More ask for a request's parameters more often, which are in the CPU's memory."""
 
 
 class OneKernelSampler(Sampler):
