@@ -74,6 +74,11 @@ class Environment:
     def uv(self) -> Path:
         return self.folder / "bin" / "uv"
 
+    @property
+    def kernels(self) -> Path:
+        """Where Triton is for ``tests/test_kernels.py``."""
+        return self.folder / "kernels"
+
     def stamp(self, *, tests: bool) -> Path:
         return self.folder / ("chatterbox-tests.stamp" if tests else "chatterbox.stamp")
 
@@ -84,7 +89,7 @@ class Environment:
         for name in [self.device, "cuda-runtime", "uv", *(["test"] if tests else [])]:
             sha.update((LISTS / f"{name}.txt").read_bytes())
         # Scripts in a virtual environment, and the link to this folder, hold absolute paths.
-        return f"{self.device} {self.folder} {ROOT} {sha.hexdigest()}\n"
+        return f"{self.device} {self.folder} {ROOT} {sha.hexdigest()}{' kernels' if tests else ''}\n"
 
     def is_whole(self, *, tests: bool) -> bool:
         return self.stamped(tests=tests) == self.fingerprint(tests=tests) and os.access(self.python, os.X_OK)
@@ -308,6 +313,12 @@ class Installer:
 
     def add_test_tools(self) -> None:
         self.install("the test tools", "-r", LISTS / "test.txt")
+        if self.environment.device == "cpu":
+            # In a folder of its own, because vLLM's CPU build warns in every process that finds it.
+            lines = (LISTS / "cuda-runtime.txt").read_text(encoding="utf-8").splitlines()
+            triton = next(line for line in lines if line.startswith("triton=="))
+            what = f"{triton}, whose interpreter tests the GPU's kernels"
+            self.install(what, "--target", self.environment.kernels, triton)
 
 
 def uv_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """T3's sampling in one kernel against vLLM's kernels, to the token.
 
-On a card as it is; without one, in Triton's interpreter, which needs Triton: see ``test_vocoder_cuda``.
+On a card as it is; without one, in Triton's interpreter: see ``test_kernels``.
 """
 
 from __future__ import annotations

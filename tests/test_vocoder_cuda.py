@@ -1,8 +1,7 @@
 """The networks for CUDA cards against those that they replace.
 
 Without a card, Triton's interpreter runs the kernels on the CPU; without Triton, which torch brings with CUDA only, the
-tests that need it are skipped. To run them: pip install --no-deps --target DIR triton, and this file alone, with DIR in
-PYTHONPATH. (vLLM's CPU build, in the other tests, warns of a Triton that it cannot use.)
+tests that need it are skipped. ``test_kernels`` runs them all the same.
 """
 
 from __future__ import annotations
@@ -105,7 +104,7 @@ def test_the_estimator_agrees_for_packed_rows(networks, monkeypatch):
 @pytest.mark.parametrize("frames", [640, 1024, 2048, 4096])
 @pytest.mark.parametrize("shared_memory", [99 * 1024, 227 * 1024])
 def test_every_tiling_computes_the_real_widths(frames, shared_memory, monkeypatch):
-    """One block a stage and one stage in the middle, but as wide as upstream's; few of a graph's rows are in use."""
+    """Of upstream's stages the first and the last, a block each, as wide as there; few of a graph's rows are in use."""
     from chatterbox_vllm.vocoder.cuda import graphs
     from chatterbox_vllm.vocoder.cuda.estimator import PackedEstimator
 
@@ -113,7 +112,7 @@ def test_every_tiling_computes_the_real_widths(frames, shared_memory, monkeypatc
         without_card(monkeypatch)
     monkeypatch.setattr(graphs, "SMALLEST", frames)
     torch.manual_seed(0)
-    sizes = EstimatorSizes(inputs=320, outputs=80, width=256, heads=8, feed_forward=1024, blocks=1, mid_stages=1)
+    sizes = EstimatorSizes(inputs=320, outputs=80, width=256, heads=8, feed_forward=1024, blocks=1, mid_stages=0)
     flow, lengths = built().flow, [130, 3]
     flow.decoder["estimator"] = Estimator(sizes)
     noisy, mu, cond = torch.randn(3, 2, 130, 80).to(DEVICE)

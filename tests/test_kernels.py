@@ -1,0 +1,30 @@
+"""The GPU's kernels where there is no GPU: in Triton's interpreter, in a Python of its own.
+
+``scripts/setup.sh --tests`` puts Triton into a folder beside the packages, as vLLM's CPU build warns in every process
+that finds it. On a GPU the files are tests like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = ("tests/test_vocoder_cuda.py", "tests/test_t3_sampler.py")
+TRITON = Path(sys.prefix) / "kernels"
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or not TRITON.is_dir(), reason="the files run by themselves")
+@pytest.mark.timeout(900)
+def test_the_kernels_in_tritons_interpreter() -> None:
+    environment = os.environ | {"PYTHONPATH": str(TRITON), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert re.search(r"^\d+ passed, \d+ warnings? in", done.stdout.splitlines()[-1]), done.stdout[-500:]
