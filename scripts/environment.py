@@ -279,9 +279,9 @@ class Installer:
         self.compile()
 
     def install_cpu(self) -> None:
-        lines = (LISTS / "cpu.txt").read_text(encoding="utf-8").splitlines()
-        torch = next(line for line in lines if line.startswith("torch=="))
+        torch = pinned("cpu.txt", "torch")
         self.install_cpu_torch(torch)
+        lines = (LISTS / "cpu.txt").read_text(encoding="utf-8").splitlines()
         others = self.environment.folder / "cpu-without-torch.txt"
         others.write_text("\n".join(line for line in lines if line != torch), encoding="utf-8")
         self.install("vLLM and the other packages", "-r", others)
@@ -315,10 +315,15 @@ class Installer:
         self.install("the test tools", "-r", LISTS / "test.txt")
         if self.environment.device == "cpu":
             # In a folder of its own, because vLLM's CPU build warns in every process that finds it.
-            lines = (LISTS / "cuda-runtime.txt").read_text(encoding="utf-8").splitlines()
-            triton = next(line for line in lines if line.startswith("triton=="))
+            triton = pinned("cuda-runtime.txt", "triton")
             what = f"{triton}, whose interpreter tests the GPU's kernels"
             self.install(what, "--target", self.environment.kernels, triton)
+
+
+def pinned(name: str, package: str) -> str:
+    """The requirement of one package, such as ``torch==2.11.0``, in a list of that name."""
+    lines = (LISTS / name).read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith(f"{package}=="))
 
 
 def uv_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -39,7 +39,15 @@ class OneKernelSampler(Sampler):
     def __init__(self, sampler: Sampler, model: ChatterboxT3) -> None:
         self.__dict__.update(vars(sampler))
         self._masked = model.masked
-        self._masks = bool(len(model.unspoken))
+        masks = len(model.unspoken) > 0
+        count = STOP_SPEECH + 1 if masks else SPEECH_VOCABULARY
+        self._constants = {
+            "COUNT": count,
+            "SILENT": START_SPEECH if masks else -1,
+            "STOP": STOP_SPEECH,
+            "SIZE": triton.next_power_of_2(count),
+            "num_warps": _WARPS,
+        }
         model.raw_logits = True
 
     def sample(
@@ -53,7 +61,7 @@ class OneKernelSampler(Sampler):
         return_logprobs: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(N, 8194) logits to (N,) int64 tokens, and processed logits where ``return_logprobs`` asks for them."""
-        if return_logprobs or not self._suits(logits, idx_mapping_np):
+        if return_logprobs or not self._suits(idx_mapping_np):
             mapped = (expanded_idx_mapping, idx_mapping, idx_mapping_np, pos, *others)
             return super().sample(self._masked(logits), *mapped, return_logprobs=return_logprobs)
         sampled = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
@@ -74,15 +82,11 @@ class OneKernelSampler(Sampler):
             bias.num_stop_token_ids.gpu,
             bias.min_lens.gpu,
             sampled,
-            COUNT=STOP_SPEECH + 1 if self._masks else SPEECH_VOCABULARY,
-            SILENT=START_SPEECH if self._masks else -1,
-            STOP=STOP_SPEECH,
-            SIZE=triton.next_power_of_2(STOP_SPEECH + 1 if self._masks else SPEECH_VOCABULARY),
-            num_warps=_WARPS,
+            **self._constants,
         )
         return sampled, logits
 
-    def _suits(self, logits: Tensor, rows: npt.NDArray[Any]) -> bool:
+    def _suits(self, rows: npt.NDArray[Any]) -> bool:
         """Whether all requests, whose rows of vLLM's state these are, ask for no more than the kernel does."""
         states, (bias, penalties, bad_words, *more) = self.sampling_states, self.logits_processors
         unusual = (

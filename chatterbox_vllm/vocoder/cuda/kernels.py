@@ -111,14 +111,12 @@ def matmul(
         shift = tl.load(bias + column)
     if DEPTH == INPUTS:
         weights = tl.load(right)
-        _wait(OVERLAP)
-        if first >= count:
-            return
+    _wait(OVERLAP)
+    if first >= count:
+        return
+    if DEPTH == INPUTS:
         acc = tl.dot(tl.load(left), weights)
     else:
-        _wait(OVERLAP)
-        if first >= count:
-            return
         acc = _add_product(tl.zeros([ROWS, COLUMNS], tl.float32), left, right, INPUTS, OUTPUTS, DEPTH)
     if GELU:
         acc = _gelu(acc + shift[None, :])
