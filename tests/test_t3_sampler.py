@@ -6,10 +6,8 @@ On a card as it is; without one, in Triton's interpreter: see ``test_kernels``.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-ON_CARD = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_CARD else "cpu")
-if not ON_CARD:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+from tests.kernel_support import DEVICE, ON_CARD, needs_triton
+
+pytestmark = needs_triton
 
 VLLM = "vllm.v1.worker.gpu.sample"
 KERNELS = (

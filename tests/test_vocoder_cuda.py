@@ -1,14 +1,11 @@
 """The networks for CUDA cards against those that they replace.
 
-Without a card, Triton's interpreter runs the kernels on the CPU; without Triton, which torch brings with CUDA only, the
-tests that need it are skipped. ``test_kernels`` runs them all the same.
+Without a card, ``test_kernels`` runs the kernels on the CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,13 +21,8 @@ from chatterbox_vllm.vocoder.cuda.tiling import Tile, Tiling
 from chatterbox_vllm.vocoder.estimator import Estimator, EstimatorSizes
 from chatterbox_vllm.vocoder.hift import Stretch
 from chatterbox_vllm.vocoder.noise import Stream
+from tests.kernel_support import DEVICE, ON_CARD, needs_triton
 from tests.vocoder_support import tensors
-
-ON_CARD = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_CARD else "cpu")
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-if not ON_CARD:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 
 def built() -> weights.Networks:

@@ -26,6 +26,7 @@ from chatterbox_vllm.errors import ConfigurationError, EngineError
 from chatterbox_vllm.memory import memory
 from chatterbox_vllm.quantization.packing import Stored
 from chatterbox_vllm.quantization.policy import Method
+from chatterbox_vllm.quiet import NEEDLESS
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted
@@ -48,9 +49,6 @@ CPU_CACHE_SHARE = 0.4
 _NO_SHARE = 0.001
 _CPU_BLOCK = 128
 """Positions in a block of the KV cache, vLLM's default there."""
-_WITHOUT_TRITON = "torch._library.triton"
-"""Torch's module that warns, in each process, that a CPU has no Triton."""
-
 
 _LAUNCHING = Lock()
 """What ``launch`` changes while vLLM starts its processes belongs to this whole process."""
@@ -93,7 +91,7 @@ def launch(
         loaded = converted(weights, method, config, cache)
         config = infer_config(loaded, mask_invalid_tokens=mask_invalid_tokens)
     folder = model_folder(loaded, config, cache)
-    _quieten()
+    logging.getLogger("vllm").setLevel(_log_level())
     with _LAUNCHING, _environment(_worker_environment(environment)), _main_module_hidden(), _interrupts_blocked():
         llm = _started(folder, arguments)
     conditioner = VoiceConditioner(_conditioning_tensors(weights), dtype=llm.vllm_config.model_config.dtype)
@@ -186,12 +184,6 @@ def _cpu_cache_bytes(config: T3Config, length: int, requests: int, block: int) -
     return min(one * requests, free)
 
 
-def _quieten() -> None:
-    logging.getLogger("vllm").setLevel(_log_level())
-    if current_platform.is_cpu():
-        logging.getLogger(_WITHOUT_TRITON).setLevel(logging.ERROR)
-
-
 def _log_level() -> str:
     # vLLM warns of each of this design's choices, and of much that a speech server's user cannot change.
     return os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")
@@ -209,7 +201,7 @@ def _worker_environment(more: Mapping[str, str]) -> dict[str, str]:
     if current_platform.is_cpu():
         wanted |= {
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-            "TORCH_LOGS": f"-{_WITHOUT_TRITON}",
+            "TORCH_LOGS": ",".join(f"-{name}" for name in NEEDLESS),
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # that the memory is bound to the CPU's own node is no warning
         }
     return {name: value for name, value in wanted.items() if name not in os.environ}
