@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm import AsyncEngineArgs
 
 from chatterbox_vllm.checkpoint import Checkpoint, load_tensors, resolve
 from chatterbox_vllm.convert import quantize
@@ -17,7 +18,7 @@ from chatterbox_vllm.quantization.packing import Stored
 from chatterbox_vllm.t3 import conversion, methods
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted, linear_layers
-from chatterbox_vllm.t3.folder import infer_config
+from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.footprint import T3Footprint
 from chatterbox_vllm.t3.launch import engine_arguments, launch
 from chatterbox_vllm.t3.methods import effective_method, method_arguments
@@ -221,3 +222,14 @@ def test_a_cache_in_bytes_is_not_compared_with_a_share_of_the_card(demo: Checkpo
     assert arguments["gpu_memory_utilization"] < 0.01
     assert arguments["kv_cache_memory_bytes"] == 1 << 28
     assert engine_arguments(config, {"gpu_memory_utilization": 0.5})["gpu_memory_utilization"] == 0.5
+
+
+@pytest.mark.usefixtures("gpu")
+def test_attention_has_keys_in_one_piece_unless_asked_otherwise(demo: Checkpoint, tmp_path: Path) -> None:
+    config = infer_config(demo.t3)
+    folder = str(model_folder(demo.t3, config, tmp_path))
+    made = AsyncEngineArgs(model=folder, **engine_arguments(config, {}))
+    assert made.attention_config.flash_attn_max_num_splits_for_cuda_graph == 1
+    asked = {"attention_config": {"flash_attn_max_num_splits_for_cuda_graph": 8}}
+    made = AsyncEngineArgs(model=folder, **engine_arguments(config, asked))
+    assert made.attention_config.flash_attn_max_num_splits_for_cuda_graph == 8

@@ -6,7 +6,6 @@ On a card as it is; without one, in Triton's interpreter: see ``test_kernels``.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernel_support import DEVICE, ON_CARD, needs_triton
+from tests.kernel_support import DEVICE, fresh_modules, needs_triton
 
 pytestmark = needs_triton
 
@@ -30,24 +29,9 @@ SILENT = -float("inf")
 
 @pytest.fixture
 def modules() -> Iterator[dict[str, Any]]:
-    """vLLM's kernels and ours. Where vLLM sees no card, it has no Triton: then they are imported anew, with one."""
-    if ON_CARD:
+    """vLLM's kernels and ours."""
+    with fresh_modules(*KERNELS, f"{VLLM}.states", "chatterbox_vllm.t3.sampler"):
         yield {name.rpartition(".")[2]: importlib.import_module(name) for name in KERNELS}
-        return
-    import triton
-    import triton.language as tl
-    import vllm  # noqa: F401
-
-    again = [*KERNELS, f"{VLLM}.states", "chatterbox_vllm.t3.sampler"]
-    before = {name: sys.modules.pop(name, None) for name in ("vllm.triton_utils", *again)}
-    sys.modules["vllm.triton_utils"] = SimpleNamespace(tl=tl, triton=triton, HAS_TRITON=True)  # type: ignore[assignment]
-    try:
-        yield {name.rpartition(".")[2]: importlib.import_module(name) for name in KERNELS}
-    finally:
-        for name, module in before.items():
-            sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
 
 
 class State:

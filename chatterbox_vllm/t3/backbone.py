@@ -16,14 +16,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CacheConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
-from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+from chatterbox_vllm.t3.attention import attention_backend
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.positions import ORIGIN, unpack
 from chatterbox_vllm.t3.rotary import CenteredRotary, rotate
@@ -35,10 +35,10 @@ Angles = tuple[Tensor, Tensor]
 class GuidedAttention(nn.Module):
     """Llama's attention, blind between the two rows of a pair: 2 x heads instead of 2 x tokens."""
 
-    def __init__(
-        self, config: T3Config, quant_config: QuantizationConfig | None, cache_config: CacheConfig | None, prefix: str
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        config: T3Config = vllm_config.model_config.hf_config
+        quant_config = vllm_config.quant_config
         self.heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
         self.width = self.heads * config.head_dim
         self.qkv_proj = QKVParallelLinear(
@@ -62,9 +62,10 @@ class GuidedAttention(nn.Module):
             config.head_dim,
             config.head_dim**-0.5,
             num_kv_heads=2 * self.heads,
-            cache_config=cache_config,
+            cache_config=vllm_config.cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
+            attn_backend=attention_backend(vllm_config, config.head_dim),
         )
 
     def forward(self, angles: Angles, hidden: Tensor) -> Tensor:
@@ -101,10 +102,13 @@ class GuidedLayer(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        quant_config = vllm_config.quant_config
-        self.self_attn = GuidedAttention(config, quant_config, vllm_config.cache_config, f"{prefix}.self_attn")
+        self.self_attn = GuidedAttention(vllm_config, f"{prefix}.self_attn")
         self.mlp = LlamaMLP(
-            config.hidden_size, config.intermediate_size, config.hidden_act, quant_config, prefix=f"{prefix}.mlp"
+            config.hidden_size,
+            config.intermediate_size,
+            config.hidden_act,
+            vllm_config.quant_config,
+            prefix=f"{prefix}.mlp",
         )
         self.input_layernorm = FullPrecisionNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = FullPrecisionNorm(config.hidden_size, config.rms_norm_eps)

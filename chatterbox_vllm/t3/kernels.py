@@ -1,4 +1,4 @@
-"""The Triton kernel of ``sampler``."""
+"""The Triton kernels of ``sampler`` and ``attention``."""
 
 # Triton's language has no types.
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -60,3 +60,74 @@ def draw(
         value, id, real, seed, place, heat, IS_DRAFTING=False, USE_FP64=False, APPLY_TEMPERATURE=False
     )
     tl.store(out + token, drawn.to(tl.int64))
+
+
+@triton.jit
+def decode(
+    query,
+    query_stride,
+    key,
+    key_stride,
+    value,
+    value_stride,
+    out,
+    out_stride,
+    cache,
+    page_stride,
+    head_stride,
+    token_stride,
+    lengths,
+    pages,
+    pages_stride,
+    scale,
+    WIDTH: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Attention of one new token a request to itself and to all before it, and its key and value into the cache.
+
+    Grid: (requests, heads). A request's positions are in ``pages`` of PAGE; in the ``cache`` a head's value of WIDTH
+    lies behind its key. ``lengths`` count the new token; requests that fill up a CUDA graph have 0, and only their
+    rows of ``out`` are written.
+
+    Each row of a tile keeps its own maximum and its own sums, which are added up once, at the end: so the loop has no
+    sum but that of the products of queries and keys.
+    """
+    request = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    place = tl.arange(0, WIDTH)
+    at = head * WIDTH + place
+    new_key = tl.load(key + request * key_stride + at)
+    new_value = tl.load(value + request * value_stride + at)
+    asked = tl.load(query + request * query_stride + at).to(tl.float32) * scale
+    length = tl.load(lengths + request)
+    last = tl.maximum(length - 1, 0)
+    cache += head * head_stride
+    pages += request * pages_stride
+    own_page = tl.load(pages + last // PAGE).to(tl.int64)
+    mine = cache + own_page * page_stride + (last % PAGE) * token_stride + place
+    tl.store(mine, new_key, mask=length > 0)
+    tl.store(mine + WIDTH, new_value, mask=length > 0)
+
+    row = tl.arange(0, TILE)
+    first = row == 0
+    most = tl.where(first, tl.sum(asked * new_key.to(tl.float32)), -1e30)
+    total = tl.where(first, 1.0, 0.0)
+    mixed = tl.where(first[:, None], new_value.to(tl.float32)[None, :], 0.0)
+    for start in range(0, last, TILE):
+        position = start + row
+        there = position < last
+        page = tl.load(pages + position // PAGE, mask=there, other=0).to(tl.int64)
+        old = cache + (page * page_stride + (position % PAGE) * token_stride)[:, None] + place[None, :]
+        keys = tl.load(old, mask=there[:, None], other=0.0).to(tl.float32)
+        values = tl.load(old + WIDTH, mask=there[:, None], other=0.0).to(tl.float32)
+        score = tl.where(there, tl.sum(keys * asked[None, :], 1), -1e30)
+        higher = tl.maximum(most, score)
+        kept = tl.exp2(most - higher)
+        part = tl.where(there, tl.exp2(score - higher), 0.0)
+        total = total * kept + part
+        mixed = mixed * kept[:, None] + part[:, None] * values
+        most = higher
+    share = tl.exp2(most - tl.max(most))
+    result = tl.sum(mixed * share[:, None], 0) / tl.sum(total * share)
+    tl.store(out + request * out_stride + at, result.to(out.dtype.element_ty))

@@ -44,6 +44,8 @@ FIXED: Mapping[str, Any] = {
     "mm_processor_cache_gb": 0,
     "limit_mm_per_prompt": {"voice": 1},
 }
+_ATTENTION: Mapping[str, Any] = {"flash_attn_max_num_splits_for_cuda_graph": 1}
+"""Utterances are short: to split one's keys among thread blocks costs each layer a kernel more, and gains nothing."""
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
 _NO_SHARE = 0.001
@@ -130,9 +132,11 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
             size = given.get("block_size")
             block = size if isinstance(size, int) and size > 0 else _CPU_BLOCK
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
-    elif given.get("kv_cache_memory_bytes") is not None:
-        # The cache's size is settled; a share of the card would only be compared with what is free at the start.
-        of_method["gpu_memory_utilization"] = _NO_SHARE
+    else:
+        defaults["attention_config"] = dict(_ATTENTION)
+        if given.get("kv_cache_memory_bytes") is not None:
+            # The cache's size is settled; a share of the card would only be compared with what is free at the start.
+            of_method["gpu_memory_utilization"] = _NO_SHARE
     return {**defaults, **given, **of_method}
 
 

@@ -1,0 +1,99 @@
+"""vLLM's FlashAttention, with a kernel of our own for steps in which each request has one new token.
+
+FlashAttention gives a request's queries a tile of 64 to 192 rows, of which such a step fills one: at 256 requests the
+idle rows cost more than reading the cache does. The kernel (``kernels.decode``) has no tile of queries. It also writes
+the cache, which is a kernel of vLLM's own otherwise, and needs no plan, which vLLM makes with three more.
+
+Not measured on a GPU yet, so off: ``additional_config={"decode_kernel": True}``, an engine argument, switches it on.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.selector import get_attn_backend
+
+from chatterbox_vllm.t3.kernels import decode
+
+SWITCH: Final = "decode_kernel"
+_TILE: Final = 128
+_WARPS: Final = 8
+_PLAIN: Final = ("auto", "bfloat16", "float16")
+
+
+def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:
+    """For ``Attention``: ours in place of FlashAttention on a cache that is not quantised; else None, vLLM's choice."""
+    wanted, cache_dtype = vllm_config.additional_config, vllm_config.cache_config.cache_dtype
+    if not isinstance(wanted, dict) or not wanted.get(SWITCH) or cache_dtype not in _PLAIN:
+        return None
+    chosen = get_attn_backend(head_dim, vllm_config.model_config.dtype, cache_dtype)
+    return OneTokenAttention if chosen is FlashAttentionBackend else None
+
+
+class OneTokenAttention(FlashAttentionBackend):
+    """vLLM's backend, whose ``forward`` writes the cache."""
+
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_impl_cls() -> type[FlashAttentionImpl]:
+        """Of the layers."""
+        return OneTokenImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FlashAttentionMetadataBuilder]:
+        """Of what they are told of a batch."""
+        return OneTokenBuilder
+
+
+class OneTokenBuilder(FlashAttentionMetadataBuilder):
+    """Plans only the steps that FlashAttention computes."""
+
+    def _get_scheduler_metadata(self, *, max_query_len: int, **others: Any) -> Tensor | None:
+        if max_query_len == 1:
+            return None
+        return super()._get_scheduler_metadata(max_query_len=max_query_len, **others)
+
+
+class OneTokenImpl(FlashAttentionImpl):
+    """Attention of a layer that has as many heads of keys as of queries."""
+
+    def forward(
+        self,
+        layer: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: FlashAttentionMetadata | None,
+        output: Tensor,
+        *others: Any,
+        **more: Any,
+    ) -> Tensor:
+        """query, key, value, output (N, heads, head_dim); kv_cache (pages, heads, page, 2 x head_dim) -> output."""
+        if attn_metadata is not None and attn_metadata.max_query_len == 1:
+            requests, page = len(attn_metadata.seq_lens), kv_cache.shape[2]
+            decode[(requests, self.num_heads)](
+                *(query, query.stride(0), key, key.stride(0), value, value.stride(0), output, output.stride(0)),
+                *(kv_cache, *kv_cache.stride()[:3]),
+                *(attn_metadata.seq_lens, attn_metadata.block_table, attn_metadata.block_table.stride(0)),
+                self.scale * math.log2(math.e),
+                WIDTH=self.head_size,
+                PAGE=page,
+                TILE=_TILE,
+                num_warps=_WARPS,
+            )
+            return output
+        if attn_metadata is not None:
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
+        return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *others, **more)

@@ -1,0 +1,37 @@
+"""CUDA graphs of whole steps in vLLM's V2 model runner, those that read prompts among them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+
+
+class StepGraphs(cudagraph_utils.ModelCudaGraphManager):
+    """vLLM's graphs for ``cudagraph_mode=FULL``, and beside them some for steps in which each request has one token.
+
+    A graph that may read a prompt attends with as many queries a request as it has tokens. Steps that only decode, most
+    of all, run slower in it, so they get graphs of their own, as vLLM has them in its other modes. There, what reads
+    prompts is cut at each attention, and launching the pieces takes longer than to compute them.
+    """
+
+    def _init_candidates(self) -> None:
+        super()._init_candidates()
+        if self.cudagraph_mode != CUDAGraphMode.FULL or not self._capture_descs:
+            return
+        steps = self._capture_descs[CUDAGraphMode.FULL]
+        decoding = {
+            step: replace(step, num_reqs=step.num_tokens, uniform_token_count=1)
+            for step in steps
+            if step.num_tokens <= self.max_num_reqs
+        }
+        steps += decoding.values()
+        steps.sort(key=lambda step: step.num_tokens, reverse=True)  # the largest first, as vLLM has it
+        for found in self._candidates.values():  # the first that suits is taken
+            found[:0] = [decoding[step] for step in found if step in decoding]
+
+
+def install() -> None:
+    """Has the model runner of this process use them."""
+    model_runner.ModelCudaGraphManager = StepGraphs
