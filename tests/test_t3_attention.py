@@ -82,9 +82,10 @@ def test_one_token_attends_to_all_before_it(attention: Any, dtype: torch.dtype) 
     assert torch.equal(batch.cache[untouched], before[untouched])
 
 
-def config(cache_dtype: str = "auto", **additional: object) -> Any:
+def config(cache_dtype: str = "auto", ranks: int = 1, **additional: object) -> Any:
     return SimpleNamespace(
         additional_config=additional,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         model_config=SimpleNamespace(dtype=torch.bfloat16),
     )
@@ -99,6 +100,7 @@ def test_what_takes_the_place_of_flash_attention(monkeypatch: pytest.MonkeyPatch
     assert attention.attention_backend(config(decode_kernel=True), 64) is attention.OneTokenAttention
     assert attention.attention_backend(config(), 64) is None
     assert attention.attention_backend(config("fp8", decode_kernel=True), 64) is None
+    assert attention.attention_backend(config(ranks=2, decode_kernel=True), 64) is None
     monkeypatch.setattr(attention, "get_attn_backend", lambda *_: CPUAttentionBackend)
     assert attention.attention_backend(config(decode_kernel=True), 64) is None
 

@@ -32,9 +32,10 @@ _PLAIN: Final = ("auto", "bfloat16", "float16")
 
 
 def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionBackend] | None:
-    """For ``Attention``: ours in place of FlashAttention on a cache that is not quantised; else None, vLLM's choice."""
+    """For ``Attention``: ours in place of FlashAttention on a cache that is whole and not quantised; else None."""
     wanted, cache_dtype = vllm_config.additional_config, vllm_config.cache_config.cache_dtype
-    if not isinstance(wanted, dict) or not wanted.get(SWITCH) or cache_dtype not in _PLAIN:
+    is_shared_out = vllm_config.parallel_config.decode_context_parallel_size > 1
+    if not isinstance(wanted, dict) or not wanted.get(SWITCH) or cache_dtype not in _PLAIN or is_shared_out:
         return None
     chosen = get_attn_backend(head_dim, vllm_config.model_config.dtype, cache_dtype)
     return OneTokenAttention if chosen is FlashAttentionBackend else None
