@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,27 +25,20 @@ from chatterbox_vllm.budget import parse_bytes
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.errors import ConfigurationError, EngineDead, EngineError
 from chatterbox_vllm.loading import Setup, Stages, components_of, load, log_applied, settled
+from chatterbox_vllm.parts import Part, speaking, together, vocoded, vocoded_whole
 from chatterbox_vllm.quantization.policy import Policy
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.text.tokenise import load_tokenizer
-from chatterbox_vllm.types import (
-    CHUNK_LENGTHS,
-    MAX_TEXT_TOKENS,
-    SAMPLE_RATE,
-    SPOKEN_TOKENS,
-    SpeechRequest,
-    VoiceFeatures,
-)
+from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_TEXT_TOKENS, SAMPLE_RATE, SpeechRequest, VoiceFeatures
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.guest import GuestHost
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback, due_of_file
-from chatterbox_vllm.vocoder.utterance import Chunk, Utterance, open_utterance
+from chatterbox_vllm.vocoder.utterance import Chunk, open_utterance
 from chatterbox_vllm.vocoder.worker import VocoderStats
 from chatterbox_vllm.voices.library import VoiceLibrary
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 SILENCE = "T3 ended before it said anything; try another seed, or another text"
 Samples = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -280,7 +272,7 @@ class AsyncChatterbox:
                 # Who gives a seed wants the same sound in any company.
                 alone = self._streams == 1 and request.options.seed is None
                 for part in parts:
-                    async with aclosing(self._vocode(part, playback, alone=alone)) as chunks:
+                    async with aclosing(vocoded(self._worker, part, self._schedule, playback, alone=alone)) as chunks:
                         alone = False  # the parts that follow are not waited for
                         async for chunk in chunks:
                             samples = await asyncio.to_thread(mark.feed, chunk.numpy()) if mark else chunk.numpy()
@@ -297,7 +289,7 @@ class AsyncChatterbox:
         """The whole sound: float32 (n,) at 24 kHz."""
         with self._admitted():
             async with self._speaking(request, incremental=False) as parts:
-                spoken = await together([self._vocode_whole(part) for part in parts])
+                spoken = await together([vocoded_whole(self._worker, part) for part in parts])
             samples = torch.cat(spoken).numpy()
             if not len(samples):
                 raise EngineError(SILENCE)
@@ -355,8 +347,8 @@ class AsyncChatterbox:
             self._streams -= 1
 
     @asynccontextmanager
-    async def _speaking(self, request: SpeechRequest, *, incremental: bool = True) -> AsyncIterator[list[_Part]]:
-        """Starts T3 on every part of the text; on the way out, whatever still runs is aborted."""
+    async def _speaking(self, request: SpeechRequest, *, incremental: bool = True) -> AsyncIterator[list[Part]]:
+        """The parts of the text, of which T3 speaks every one."""
         texts = await asyncio.to_thread(
             self._frontend.prepare,
             request.text,
@@ -364,86 +356,8 @@ class AsyncChatterbox:
             max_characters=self._max_chunk_length,
             max_tokens=min(self._t3.max_text_tokens, MAX_TEXT_TOKENS),
         )
-        seed = request.options.seed if request.options.seed is not None else secrets.randbits(62)
-        parts = [_Part(text, request, (seed + index) % 2**63) for index, text in enumerate(texts)]
-        try:
-            for part in parts:
-                part.task = asyncio.create_task(self._generate(part, incremental=incremental))
+        async with speaking(self._t3, texts, request, incremental=incremental) as parts:
             yield parts
-        finally:
-            tasks = [part.task for part in parts if part.task is not None]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def _generate(self, part: _Part, *, incremental: bool) -> None:
-        """Moves T3's tokens into the part's queue, less what is no sound (upstream's ``drop_invalid_tokens``)."""
-        options = part.request.options
-        if options.seed is not None:
-            options = options.but(seed=part.seed)
-        tokens = self._t3.tokens(part.text, part.request.voice, options, incremental=incremental)
-        try:
-            async with aclosing(tokens):
-                async for new in tokens:
-                    part.tokens.put_nowait([i for i in new if i < SPOKEN_TOKENS])
-        finally:
-            part.tokens.put_nowait(None)
-
-    async def _vocode(self, part: _Part, playback: Playback, *, alone: bool) -> AsyncGenerator[torch.Tensor, None]:
-        """A part's sound in growing chunks, while its tokens still come.
-
-        How fast they come does not decide where they are cut: so a stream with a seed can be repeated.
-        """
-        state, waiting, complete = part.open(), list[int](), False
-        for size in self._schedule.sizes(alone=alone):
-            while len(waiting) < size and not complete:
-                new, complete = await part.take()
-                waiting += new
-            # Tokens that end exactly with a chunk are followed by an empty one, however soon the end is known.
-            final = len(waiting) < size
-            samples = await self._worker.submit(Chunk(state, _ids(waiting[:size]), final=final, due=playback.due))
-            playback.delivered(len(samples))
-            if len(samples):
-                yield samples
-            if final:
-                return
-            waiting = waiting[size:]
-
-    async def _vocode_whole(self, part: _Part) -> torch.Tensor:
-        tokens, final = list[int](), False
-        while not final:
-            new, final = await part.take()
-            tokens += new
-        return await self._worker.submit(Chunk(part.open(), _ids(tokens), final=True, due=due_of_file()))
-
-
-@dataclass(eq=False)
-class _Part:
-    """One part of a request's text on its way through T3."""
-
-    text: list[int]
-    request: SpeechRequest
-    seed: int
-    tokens: asyncio.Queue[list[int] | None] = field(default_factory=asyncio.Queue)
-    task: asyncio.Task[None] | None = None
-
-    def open(self) -> Utterance:
-        """Its state in the vocoder."""
-        options = self.request.options
-        return open_utterance(self.request.voice, seed=self.seed, diffusion_steps=options.diffusion_steps)
-
-    async def take(self) -> tuple[list[int], bool]:
-        """Waits for tokens and takes all there are; True with the last ones. Raises what T3 raised."""
-        taken: list[int] = []
-        new = await self.tokens.get()
-        while new is not None:
-            taken += new
-            if self.tokens.empty():
-                return taken, False
-            new = self.tokens.get_nowait()
-        assert self.task is not None
-        await self.task
-        return taken, True
 
 
 def _weights(vocoder: VocoderFootprint) -> int:
@@ -464,18 +378,3 @@ def _warm_up(watermarker: Watermarker | None, voices: VoiceLibrary) -> None:
     if watermarker is not None:
         watermarker.warm_up()
     voices.warm_up()
-
-
-async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, in order; the first failure cancels the rest."""
-    tasks = [asyncio.create_task(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _ids(tokens: list[int]) -> torch.Tensor:
-    return torch.tensor(tokens, dtype=torch.int64)

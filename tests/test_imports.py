@@ -22,7 +22,7 @@ LEVELS = [
     {"settings", "quantization_config"},
     {"text", "audio", "checkpoint", "demo_checkpoint", "upstream"},
     {"t3", "vocoder", "voices"},
-    {"arguments", "budget", "costs", "engine", "loading", "tenancy", "tts"},
+    {"arguments", "budget", "costs", "engine", "loading", "parts", "tenancy", "tts"},
     {"api", "cli", "bench", "convert", "doctor", "evaluate"},
 ]
 STAGES = {"t3", "vocoder", "voices"}
