@@ -477,7 +477,6 @@ def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     good = Answer(0.0, 1.0, None, 0.1, 0.2, 2.0, Playback(3.0))
     levels = [report.summary(n, [good] * n, gpu_busy=None, server=None, client_lag=0.0) for n in (1, 4)]
     for suffix in (".png", ".svg"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -117,15 +118,13 @@ def test_what_cannot_be_compared_is_refused(demo: Checkpoint, tmp_path: Path) ->
         evaluate.main([*options, "none", "--max-tokens", "0"])
 
 
-def test_a_plot_without_matplotlib_is_refused_at_once(demo: Checkpoint) -> None:
-    if find_spec("matplotlib") is not None:
-        pytest.skip("matplotlib is here")
+def test_a_plot_without_matplotlib_is_refused_at_once(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependency, match="pip install matplotlib"):
         evaluate.main(["--model", str(demo.folder), "--method", "none", "--plot", "x.png"])
 
 
 def test_a_plot(compare: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     compare("int8", "--plot", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
