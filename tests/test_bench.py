@@ -476,6 +476,14 @@ def test_a_plot_needs_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         serve.main(["--plot", str(tmp_path / "x.png")])
 
 
+@pytest.mark.parametrize(
+    ("loads", "shown"),
+    [([1, 16, 64, 112, 128], "1 16 64 - 128"), ([110, 120, 128], "110 120 128"), ([4], "4"), ([0.5, 100], "0.5 100")],
+)
+def test_labels_do_not_cover_each_other(loads: list[float], shown: str) -> None:
+    assert [label or "-" for label in report.tick_labels(loads)] == shown.split()
+
+
 def test_a_plot_is_drawn(tmp_path: Path) -> None:
     good = Answer(0.0, 1.0, None, 0.1, 0.2, 2.0, Playback(3.0))
     levels = [report.summary(n, [good] * n, gpu_busy=None, server=None, client_lag=0.0) for n in (1, 4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ from chatterbox_vllm.bench.observers import ServerView
 from chatterbox_vllm.errors import ConfigurationError, MissingDependency
 
 PLOTS: Final = (".png", ".svg", ".pdf")
+_LABEL_SHARE: Final = 0.1
+"""Of a plot's axis, for one number."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,16 @@ def wide_figure(title: str) -> Any:
     return figure
 
 
+def tick_labels(loads: Sequence[float]) -> list[str]:
+    """Labels of ascending ``loads`` on a logarithmic axis: none where the next label would cover it."""
+    labels, next_one = list[str](), math.inf
+    for load in reversed(loads):
+        is_apart = next_one / load >= (loads[-1] / loads[0]) ** _LABEL_SHARE
+        next_one = load if is_apart else next_one
+        labels.append(f"{load:g}" if is_apart else "")
+    return labels[::-1]
+
+
 def plot(path: Path, levels: Sequence[Level], *, title: str, axis: str) -> None:
     """First audio, throughput and underruns over the load."""
     figure = wide_figure(title)
@@ -211,7 +224,7 @@ def plot(path: Path, levels: Sequence[Level], *, title: str, axis: str) -> None:
     panels = ((first, "first audio, ms"), (rate, "seconds of sound a second"), (gaps, "answers that ran dry, %"))
     for panel, label in panels:
         panel.set(xlabel=axis, ylabel=label, xscale="log", ylim=(0, None))
-        panel.set_xticks(loads, [f"{load:g}" for load in loads])
+        panel.set_xticks(loads, tick_labels(loads))
         panel.minorticks_off()  # a logarithmic axis labels them
         panel.grid(visible=True, alpha=0.3)
     gaps.set_ylim(0, 100)

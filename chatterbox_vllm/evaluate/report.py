@@ -74,7 +74,10 @@ def _plain(value: Any) -> Any:
 
 
 def plot(path: Path, a: Contender, b: Contender, texts: Sequence[OfText], *, is_demo: bool) -> None:
-    """Divergence by position, the vocoder's distance and the speakers, by text. ``bench.report.check_plot`` first."""
+    """How many tokens diverge how far; the vocoder's distance and the speakers, by text.
+
+    ``bench.report.check_plot`` first.
+    """
     figure = wide_figure(f"A: {described(a)}. B: {described(b)}." + (" Random weights." if is_demo else ""))
     nats, mels, speakers = figure.subplots(1, 3)
     nats.hist([value for each in texts for value in each.divergence], bins=50, log=True)
@@ -82,10 +85,15 @@ def plot(path: Path, a: Contender, b: Contender, texts: Sequence[OfText], *, is_
     numbers = range(1, len(texts) + 1)
     mels.bar(numbers, [each.mel_db for each in texts])
     mels.set(xlabel="text", ylabel="A's mel from B's, dB")
-    for name, label in (("a_to_b", "A, B"), ("a_to_voice", "A, voice"), ("b_to_voice", "B, voice")):
+    # Marks that are seen through each other: often two of a text are in one place.
+    for name, label, mark in (
+        ("a_to_b", "A, B", "o"),
+        ("a_to_voice", "A, voice", "x"),
+        ("b_to_voice", "B, voice", "+"),
+    ):
         known = [(number, getattr(each, name)) for number, each in zip(numbers, texts, strict=True)]
         drawn = [pair for pair in known if pair[1] is not None]
-        speakers.plot([number for number, _ in drawn], [value for _, value in drawn], "o", label=label)
+        speakers.plot([number for number, _ in drawn], [value for _, value in drawn], mark, label=label)
     speakers.set(xlabel="text", ylabel="similarity of speakers, cosine")
     speakers.legend()
     for panel in (mels, speakers):
