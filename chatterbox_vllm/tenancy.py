@@ -1,4 +1,4 @@
-"""What vLLM's worker can do for us: tell what T3 takes, and let the vocoder into its process.
+"""What vLLM's worker does for us beside T3: let the vocoder into its process.
 
 vLLM mixes ``Tenancy`` into its worker (``worker_extension_cls``); ``T3Generator.call`` reaches its methods.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from chatterbox_vllm.t3.footprint import Footprint
+from chatterbox_vllm.t3.worker import WorkerExtension
 from chatterbox_vllm.vocoder import guest
 
 EXTENSION: Final = f"{__name__}.Tenancy"
 
 
-class Tenancy(Footprint):
+class Tenancy(WorkerExtension):
     """A worker's further methods."""
 
     rank: Any

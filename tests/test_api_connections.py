@@ -22,7 +22,7 @@ import openai
 import pytest
 
 from chatterbox_vllm import cli
-from chatterbox_vllm.api import app, body
+from chatterbox_vllm.api import app, body, drain
 from chatterbox_vllm.errors import CheckpointError
 from chatterbox_vllm.settings import Settings
 from tests.fake_engine import PIECE, FakeChatterbox, Running, running, wait_for
@@ -263,6 +263,22 @@ def test_the_drain_has_an_end() -> None:
                 list(pieces)
         assert process.wait(5) == 0
         assert process.communicate()[0].endswith("stopped True 0 1\n")
+
+
+def test_a_second_signal_cuts_what_is_in_hand_but_not_an_echo_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drain, "ECHO", 0.5)
+    with (
+        running(FakeChatterbox(pieces=1, delay=30), drain_timeout=30) as server,
+        raw_request(server) as connection,
+    ):
+        wait_for(lambda: server.engine.active == 1)
+        server.server.handle_exit(signal.SIGINT, None)
+        server.server.handle_exit(signal.SIGTERM, None)
+        time.sleep(0.6)
+        assert server.engine.active == 1
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert everything(connection).startswith(b"HTTP/1.1 503")
+    assert server.engine.aborted == 1
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}])

@@ -1,8 +1,8 @@
 """vLLM's FlashAttention, with a kernel of our own for steps in which each request has one new token.
 
-FlashAttention gives a request's queries a tile of 64 to 192 rows, of which such a step fills one: at 256 requests the
-idle rows cost more than reading the cache does. The kernel (``kernels.decode``) has no tile of queries. It also writes
-the cache, which is a kernel of vLLM's own otherwise, and needs no plan, which vLLM makes with three more.
+FlashAttention gives a request's queries a tile of 64 to 192 rows, of which such a step fills one. At 256 requests, by
+arithmetic, the idle rows take a card longer than to read the cache. The kernel (``kernels.decode``) has no tile of
+queries. It also writes the cache, for which vLLM has a kernel of its own, and needs no plan, for which it has three.
 
 Not measured on a GPU yet, so off: ``additional_config={"decode_kernel": True}``, an engine argument, switches it on.
 """

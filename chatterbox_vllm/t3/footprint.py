@@ -1,7 +1,4 @@
-"""What T3 takes in its engine's process: measured there, through vLLM's call of its workers.
-
-``Footprint`` is mixed into vLLM's worker (``worker_extension_cls``); ``T3Generator.footprint`` asks it.
-"""
+"""What T3 takes in its engine's process: measured there, through vLLM's call of its workers (``worker``)."""
 
 from __future__ import annotations
 
@@ -12,10 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
 
-from chatterbox_vllm.memory import torch_memory
-
-EXTENSION = f"{__name__}.Footprint"
-"""vLLM's ``worker_extension_cls``."""
 EMBEDDINGS = ("tfmr.text_", "tfmr.speech_", "speech_head")
 
 
@@ -50,14 +43,6 @@ class T3Footprint:
 
     def __add__(self, other: T3Footprint) -> T3Footprint:
         return T3Footprint(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
-
-
-class Footprint:
-    """A worker's answers."""
-
-    def t3_footprint(self) -> dict[str, int]:
-        """``T3Footprint`` of this rank, as a dictionary, which vLLM can send."""
-        return {**weigh(self.get_model()), **torch_memory()._asdict()}  # type: ignore[attr-defined]
 
 
 def weigh(model: nn.Module) -> dict[str, int]:

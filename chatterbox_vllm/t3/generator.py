@@ -93,6 +93,7 @@ class T3Generator:
     async def connect(self) -> None:
         """To be awaited before the first request, which else waits for ever for an engine that dies meanwhile."""
         await self._llm.get_supported_tasks()
+        await self.call("leave_signals")
 
     async def tokens(
         self,

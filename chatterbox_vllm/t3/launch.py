@@ -31,10 +31,10 @@ from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted
 from chatterbox_vllm.t3.folder import infer_config, model_folder
-from chatterbox_vllm.t3.footprint import EXTENSION
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.methods import CONVERTED, effective_method, method_arguments
 from chatterbox_vllm.t3.prompt import OVERHEAD
+from chatterbox_vllm.t3.worker import EXTENSION
 from chatterbox_vllm.types import MAX_MODEL_LEN
 
 # What the design rests on: RoPE depends on the prompt's length, prompts arrive processed, and there is no tokenizer.
@@ -49,6 +49,8 @@ _ATTENTION: Mapping[str, Any] = {"flash_attn_max_num_splits_for_cuda_graph": 1}
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
 _NO_SHARE = 0.001
+_LONGEST_DRAIN = 3600
+"""Seconds: a SIGTERM for all processes, as systemd sends it, is for our own; vLLM's go on until it ends them."""
 _CPU_BLOCK = 128
 """Positions in a block of the KV cache, vLLM's default there."""
 
@@ -73,7 +75,7 @@ def launch(
         cache: where the folder that vLLM loads is made, and conversions are kept.
         mask_invalid_tokens: False samples exactly upstream's distribution, ids that are no sound included.
         method: how the linear layers are quantised (``methods``), or a name of vLLM's own for its ``quantization``.
-        extension: vLLM's ``worker_extension_cls``, a subclass of ``footprint.Footprint``.
+        extension: vLLM's ``worker_extension_cls``, a subclass of ``worker.WorkerExtension``.
         environment: variables of the engine's processes, unless they are set already.
         engine_args: any other ``vllm.AsyncEngineArgs``.
 
@@ -122,7 +124,7 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
         )
     of_method = method_arguments(method, config, given)
     defaults = {"dtype": default_dtype(), "max_model_len": length, "disable_log_stats": True}
-    defaults |= {"use_tqdm_on_load": False, **FIXED}
+    defaults |= {"use_tqdm_on_load": False, "shutdown_timeout": _LONGEST_DRAIN, **FIXED}
     if current_platform.is_cpu():
         # Compiling takes a CPU a minute and gains 15%.
         defaults["enforce_eager"] = True
@@ -200,7 +202,8 @@ def _worker_environment(more: Mapping[str, str]) -> dict[str, str]:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": _log_level(),
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # vLLM's own, in each of its processes
+        # vLLM's own, in each of its processes; and what they leave behind when they end while they are ended.
+        "PYTHONWARNINGS": "ignore::FutureWarning,ignore:resource_tracker:UserWarning",
     }
     if current_platform.is_cpu():
         wanted |= {
