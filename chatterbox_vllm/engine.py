@@ -323,6 +323,7 @@ class AsyncChatterbox:
         await asyncio.shield(self._ending)
 
     async def _end(self) -> None:
+        await self._t3.abort()
         await asyncio.gather(self._worker.close(drain=False), asyncio.to_thread(self._t3.shutdown))
         if self._sharing is not None:
             await asyncio.to_thread(self._sharing.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import Tensor
 from chatterbox_vllm.audio.watermark import Watermarker
 from chatterbox_vllm.checkpoint import Checkpoint, load_strict, load_tensors
 from chatterbox_vllm.demo_checkpoint import networks
-from chatterbox_vllm.errors import InvalidRequest, TooLarge
+from chatterbox_vllm.errors import EngineDead, InvalidRequest, TooLarge
 from chatterbox_vllm.text.split import split
 from chatterbox_vllm.vocoder.stage import Vocoder
 from tests import vocoder_support
 from tests.audio_support import sound_file, voice_like
+from tests.fake_engine import wait_for
 from tests.t3_reference import Request, upstream_tokens
 
 if TYPE_CHECKING:
@@ -51,6 +53,25 @@ def test_tokens_end_before_the_stop_token(model: ChatterboxTTS) -> None:
     several = model.speech_tokens(TEXTS, seed=[1, 2, 3, 4], max_tokens=600)
     assert all(40 < len(each) < 600 for each in several)
     assert all(each.max() < 6561 for each in several)
+
+
+def test_what_is_under_way_at_the_end_is_broken_off(model: ChatterboxTTS) -> None:
+    """And told so. The engine goes on: this is what ``shutdown`` does before it ends vLLM's processes."""
+    told: list[BaseException] = []
+
+    def speak() -> None:
+        try:
+            model.speech_tokens(LONG, seed=1, max_tokens=900)
+        except EngineDead as error:
+            told.append(error)
+
+    speaking = threading.Thread(target=speak)
+    speaking.start()
+    wait_for(lambda: bool(model._engine._t3._llm.output_processor.has_unfinished_requests()))
+    model._loop.run(model._engine._t3.abort())
+    speaking.join(10)
+    assert [str(error) for error in told] == ["the T3 engine broke off (abort); it is shutting down or has failed"]
+    assert len(model.speech_tokens(TEXTS[0], seed=1, max_tokens=40)) == 40
 
 
 def test_greedy_tokens_are_upstreams(model: ChatterboxTTS, demo: Checkpoint, recording: bytes) -> None:

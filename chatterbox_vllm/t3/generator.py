@@ -8,6 +8,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
@@ -156,6 +157,11 @@ class T3Generator:
                 logger.warning("speech was cut after %d tokens: max_model_len=%d", room, self.max_model_len)
         elif reason != "stop":
             raise EngineDead(f"the T3 engine broke off ({reason}); it is shutting down or has failed")
+
+    async def abort(self) -> None:
+        """Breaks off what is under way, which fails; else the engine's processes would finish it before they end."""
+        with suppress(EngineDeadError):
+            await self._llm.abort(list(self._llm.output_processor.request_states), internal=True)
 
     def shutdown(self, *, at_exit: bool = False) -> None:
         """Ends the engine's processes, which get some seconds to do so by themselves. Safe to call twice.
