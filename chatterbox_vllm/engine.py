@@ -1,8 +1,8 @@
 """One server's engine: text in, sound out, for many requests at once.
 
-A request goes: prepare the text -> T3 tokens (vLLM) -> vocoder (batched) -> watermark. Its parts (a long text is
-several utterances) run in T3's batch together; a stream's are vocoded in order. Every way out of ``stream`` passes one
-``finally`` that aborts T3, drops the vocoder's state and counts the request out.
+A request goes: prepare the text -> T3 tokens (vLLM) -> vocoder (batched) -> watermark; ``parts`` has the two in the
+middle. Every way out of ``stream`` passes one ``finally`` that aborts T3, drops the vocoder's state and counts the
+request out.
 """
 
 from __future__ import annotations
@@ -323,10 +323,12 @@ class AsyncChatterbox:
         await asyncio.shield(self._ending)
 
     async def _end(self) -> None:
-        await self._t3.abort()
-        await asyncio.gather(self._worker.close(drain=False), asyncio.to_thread(self._t3.shutdown))
-        if self._sharing is not None:
-            await asyncio.to_thread(self._sharing.stop)
+        try:
+            await self._t3.abort()
+        finally:
+            await asyncio.gather(self._worker.close(drain=False), asyncio.to_thread(self._t3.shutdown))
+            if self._sharing is not None:
+                await asyncio.to_thread(self._sharing.stop)
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:
