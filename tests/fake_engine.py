@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import soundfile
 import uvicorn
@@ -155,6 +156,20 @@ def wait_for(condition: Callable[[], bool], seconds: float = 5.0) -> float:
         assert time.monotonic() - started < seconds, "waited in vain"
         time.sleep(0.005)
     return time.monotonic() - started
+
+
+def free_port() -> int:
+    """Of the loopback address, for a server in a process of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def is_ready(url: str) -> bool:
+    """Whether the server there says that it can speak."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/ready").status_code == 200
+    return False
 
 
 def wav(seconds: float = 1.0) -> bytes:

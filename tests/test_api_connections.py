@@ -25,7 +25,7 @@ from chatterbox_vllm import cli
 from chatterbox_vllm.api import app, body, drain
 from chatterbox_vllm.errors import CheckpointError
 from chatterbox_vllm.settings import Settings
-from tests.fake_engine import PIECE, FakeChatterbox, Running, running, wait_for
+from tests.fake_engine import PIECE, FakeChatterbox, Running, free_port, is_ready, running, wait_for
 
 GOOD: dict[str, Any] = {"input": "Hello there.", "response_format": "pcm"}
 HEADERS = "Host: x\r\nContent-Type: application/json\r\n"
@@ -210,8 +210,7 @@ sys.exit(status)
 @contextlib.contextmanager
 def server_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """``chatterbox-vllm serve`` in a process of its own, with the fake engine; 1 s for a request."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER, "--port", port, *flags],
         stdout=subprocess.PIPE,
@@ -221,17 +220,11 @@ def server_process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_for(lambda: process.poll() is not None or answers(url), seconds=30)
+        wait_for(lambda: process.poll() is not None or is_ready(url), seconds=30)
         yield process, url
     finally:
         process.kill()
         process.communicate()
-
-
-def answers(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):
-        return httpx.get(f"{url}/ready").status_code == 200
-    return False
 
 
 def test_a_signal_lets_requests_finish_and_refuses_new_ones() -> None:

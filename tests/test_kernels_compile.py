@@ -6,6 +6,7 @@ Triton's interpreter tells neither. No card is needed for it, but Triton's compi
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from chatterbox_vllm.types import SAMPLE_RATE, START_SPEECH, STOP_SPEECH
 from chatterbox_vllm.vocoder.cuda.tiling import Tile, Tiling
 from tests.kernel_support import fresh_modules
 
@@ -23,12 +25,6 @@ CARDS = {80: 163, 89: 99, 90: 227}
 """Compute capabilities, and KiB of shared memory of a block there."""
 WIDTH, INNER, HIDDEN = 256, 512, 1024
 """The estimator's."""
-
-
-@pytest.fixture(params=CARDS, ids=lambda card: f"sm_{card}")
-def card(request: pytest.FixtureRequest) -> int:
-    number: int = request.param
-    return number
 
 
 class Compiler:
@@ -63,23 +59,26 @@ class Compiler:
         self.check(kernel, types, constants | self.overlap, **options)
 
 
-@pytest.fixture
-def compiler(card: int) -> Compiler:
-    return Compiler(card)
+@pytest.fixture(params=CARDS, ids=lambda card: f"sm_{card}")
+def compiler(request: pytest.FixtureRequest) -> Compiler:
+    return Compiler(request.param)
 
 
 @pytest.fixture
-def t3() -> Iterator[Any]:
-    samples = "vllm.v1.worker.gpu.sample.gumbel"
-    with fresh_modules(samples, "chatterbox_vllm.t3.kernels"):
-        yield importlib.import_module("chatterbox_vllm.t3.kernels")
+def t3() -> Iterator[dict[str, Any]]:
+    names = [f"chatterbox_vllm.t3.{name}" for name in ("kernels", "attention", "sampler")]
+    with fresh_modules("vllm.v1.worker.gpu.sample.gumbel", *names):
+        yield {name.rpartition(".")[2]: importlib.import_module(name) for name in names}
 
 
-def test_t3s(compiler: Compiler, t3: Any) -> None:
+def test_t3s(compiler: Compiler, t3: dict[str, Any]) -> None:
+    kernels, attention, sampler = t3.values()
     tensors = "*bf16 i32 *bf16 i32 *bf16 i32 *bf16 i32 *bf16 i32 i32 i32 *i32 *i32 i32 fp32"
-    compiler.check(t3.decode, tensors, {"WIDTH": 64, "PAGE": 16, "TILE": 128}, num_warps=8)
+    sizes = {"WIDTH": 64, "PAGE": 16, "TILE": attention._TILE}
+    compiler.check(kernels.decode, tensors, sizes, num_warps=attention._WARPS)
     state = "*bf16 i32 *i32 *i64 *fp32 *i32 i32 *i32 i32 *fp32 *fp32 *i64 *i32 *i32 *i64"
-    compiler.check(t3.draw, state, {"COUNT": 6563, "SILENT": 6561, "STOP": 6562, "SIZE": 8192}, num_warps=8)
+    ids = {"COUNT": STOP_SPEECH + 1, "SILENT": START_SPEECH, "STOP": STOP_SPEECH, "SIZE": 8192}
+    compiler.check(kernels.draw, state, ids, num_warps=sampler._WARPS)
 
 
 @pytest.mark.parametrize("rows", [1280, 2048, 4096, 16384])
@@ -106,7 +105,7 @@ def test_convolutions(compiler: Compiler, rows: int, inputs: int, second: int, s
     from chatterbox_vllm.vocoder.cuda import kernels
 
     tiling = Tiling.of(rows, width=WIDTH, shared_memory=1024 * CARDS[compiler.card])
-    cut = tiling.conv.fitting(columns=WIDTH, depth=64 if 320 in (inputs, skip) else WIDTH)
+    cut = tiling.conv.fitting(columns=WIDTH, depth=math.gcd(inputs, second, skip))
     given = {"WIDTH": inputs, "SECOND": second, "SKIP": skip, "SKIP_SECOND": 0, "SHIFT": not skip, "ACTIVATE": True}
     sizes = {"OUTPUTS": WIDTH, "KEEP": skip > 0, "NORM": skip > 0, "ROWS": cut.rows, "DEPTH": cut.depth}
     first = "*bf16 *bf16 *bf16 *fp32 *fp32 *fp32 *fp32 *bf16 *bf16 *bf16 *fp32"
@@ -115,9 +114,9 @@ def test_convolutions(compiler: Compiler, rows: int, inputs: int, second: int, s
 
 
 def test_the_solvers_step(compiler: Compiler) -> None:
-    from chatterbox_vllm.vocoder.cuda import kernels
+    from chatterbox_vllm.vocoder.cuda import estimator, kernels
 
-    sizes = {"WIDTH": WIDTH, "MELS": 80, "MELS_PADDED": 128, "INPUTS": 320, "ROWS": 32}
+    sizes = {"WIDTH": WIDTH, "MELS": 80, "MELS_PADDED": 128, "INPUTS": 320, "ROWS": estimator._FRAMES}
     types = "*bf16 *bf16 *fp32 *fp32 *bf16 *i32 *i32 *fp32 fp32"
     compiler.check(kernels.euler, types, sizes | compiler.overlap)
 
@@ -133,16 +132,18 @@ def test_decoded_matrices(compiler: Compiler, transposed: bool) -> None:
 
 
 def test_hifts(compiler: Compiler) -> None:
-    from chatterbox_vllm.vocoder.cuda import hift_kernels
+    from chatterbox_vllm.vocoder.cuda import backend, hift, hift_kernels
 
-    for channels, rate, mirror in ((256, 8, False), (64, 120, True)):
-        sizes = {"CHANNELS": channels, "RATE": rate, "EXTRA": mirror, "MIRROR": mirror, "ROWS": 4096 // channels}
+    for channels, rate, last in ((256, 8, False), (64, hift.SPECTRA, True)):
+        rows = hift._ELEMENTS // channels
+        sizes = {"CHANNELS": channels, "RATE": rate, "EXTRA": last, "MIRROR": last, "ROWS": rows}
         kinds = {"ADD": True, "KEEP": True, "SNAKE": True}
         compiler.check(hift_kernels.activate, "*fp32 " * 6 + "*i32 *i32 i32", sizes | kinds)
-    lanes = {"LANES": 40, "CHANNELS": 80, "PADDED": 64, "ROWS": 16}
+    lanes = {"LANES": 40, "CHANNELS": 80, "PADDED": 64, "ROWS": backend._POSITIONS}
     compiler.check(hift_kernels.normals, "*i64 *i64 *fp32 i32", lanes)
-    sizes = {"WAVES": 9, "LANES": 5, "SAMPLES": 480, "RATE": 24000.0, "BLOCK": 256}
+    waves = {"WAVES": 9, "LANES": 5, "RATE": float(SAMPLE_RATE), "BLOCK": hift._SAMPLES}
     types = "*fp32 *fp64 *fp32 *fp32 *fp32 *i64 *i64 *i32 *i32 *i32 *fp32 i32"
-    compiler.check(hift_kernels.excite, types, sizes)
-    sizes = {"SAMPLES": 480, "RATE": 120, "FFT": 16, "HOP": 4, "COLUMNS": 20, "PADDED": 32, "ROWS": 64}
-    compiler.check(hift_kernels.analyse, "*fp32 *fp32 *fp32 *i32 *i32 i32", sizes)
+    compiler.check(hift_kernels.excite, types, waves | {"SAMPLES": hift.FRAME_SAMPLES})
+    sizes = {"SAMPLES": hift.FRAME_SAMPLES, "RATE": hift.SPECTRA, "FFT": hift.FFT, "HOP": hift.HOP}
+    bins = {"COLUMNS": hift._PADDED_BINS, "PADDED": 32, "ROWS": hift._SPECTRA_ROWS}
+    compiler.check(hift_kernels.analyse, "*fp32 *fp32 *fp32 *i32 *i32 i32", sizes | bins)

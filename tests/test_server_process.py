@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import httpx
 import psutil
 
 from chatterbox_vllm.checkpoint import Checkpoint
-from tests.fake_engine import wait_for
+from tests.fake_engine import free_port, is_ready, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 SPOKEN = {
@@ -27,25 +26,18 @@ SPOKEN = {
 }
 
 
-def answers(url: str) -> bool:
-    try:
-        return httpx.get(url).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
 def test_a_sigterm_for_all_processes_lets_a_request_be_finished(demo: Checkpoint, cache: Path, tmp_path: Path) -> None:
     """As systemd sends it; it also reaches vLLM's processes, which are not ours."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
     environment = {**os.environ, "CHATTERBOX_MODEL": str(demo.folder), "CHATTERBOX_CACHE_DIR": str(cache)}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     command = [sys.executable, str(ROOT / "server.py"), "--host", "127.0.0.1", "--port", str(port)]
     log = tmp_path / "log"
-    with log.open("wb") as written, httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+    with log.open("wb") as written, httpx.Client(base_url=url, timeout=60) as client:
         server = subprocess.Popen(command, env=environment, cwd=ROOT, stderr=written, start_new_session=True)
         try:
-            wait_for(lambda: server.poll() is not None or answers(f"{client.base_url}/ready"), seconds=120)
+            wait_for(lambda: server.poll() is not None or is_ready(url), seconds=120)
             assert server.poll() is None, log.read_text()
             whole = client.post("/v1/audio/speech", json=SPOKEN).content
             with client.stream("POST", "/v1/audio/speech", json=SPOKEN) as response:

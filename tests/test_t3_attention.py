@@ -31,28 +31,27 @@ def attention() -> Iterator[Any]:
 class Batch:
     """A cache with the past of some requests in shuffled pages, and a new token for each."""
 
-    def __init__(self, dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         draw = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw).to(DEVICE, dtype)
 
-        most = -(-max(lengths) // PAGE)
-        pages = torch.randperm(len(lengths) * most, generator=draw) + 1
+        most = -(-max(LENGTHS) // PAGE)
+        pages = torch.randperm(len(LENGTHS) * most, generator=draw) + 1
         self.metadata = SimpleNamespace(
             max_query_len=1,
-            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
-            block_table=pages.view(len(lengths), most).to(DEVICE, torch.int32),
+            seq_lens=torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE),
+            block_table=pages.view(len(LENGTHS), most).to(DEVICE, torch.int32),
         )
         # As vLLM lays it out: a page's tokens, their heads, a head's key and value.
         self.cache = normal(len(pages) + 1, PAGE, HEADS, 2 * WIDTH).transpose(1, 2)
-        self.query, self.key = 2 * normal(len(lengths), HEADS, WIDTH), normal(len(lengths), HEADS, WIDTH)
-        self.value = normal(len(lengths), 3, HEADS, WIDTH)[:, 1]  # a part of something larger
-        self.lengths = lengths
+        self.query, self.key = 2 * normal(len(LENGTHS), HEADS, WIDTH), normal(len(LENGTHS), HEADS, WIDTH)
+        self.value = normal(len(LENGTHS), 3, HEADS, WIDTH)[:, 1]  # a part of something larger
 
     def past(self, request: int) -> tuple[Tensor, Tensor]:
         """(heads, length, width) keys and values of the request, read from the cache."""
-        table, length = self.metadata.block_table[request].long(), self.lengths[request]
+        table, length = self.metadata.block_table[request].long(), LENGTHS[request]
         rows = self.cache[table].movedim(1, 0).flatten(1, 2)[:, :length]
         return rows[..., :WIDTH], rows[..., WIDTH:]
 

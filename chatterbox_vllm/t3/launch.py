@@ -44,7 +44,7 @@ FIXED: Mapping[str, Any] = {
     "mm_processor_cache_gb": 0,
     "limit_mm_per_prompt": {"voice": 1},
 }
-_ATTENTION: Mapping[str, Any] = {"flash_attn_max_num_splits_for_cuda_graph": 1}
+_SPLITS = 1
 """Utterances are short: to split one's keys among thread blocks costs each layer a kernel more, and gains nothing."""
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
@@ -125,6 +125,7 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
     of_method = method_arguments(method, config, given)
     defaults = {"dtype": default_dtype(), "max_model_len": length, "disable_log_stats": True}
     defaults |= {"use_tqdm_on_load": False, "shutdown_timeout": _LONGEST_DRAIN, **FIXED}
+    defaults["attention_config"] = {"flash_attn_max_num_splits_for_cuda_graph": _SPLITS}
     if current_platform.is_cpu():
         # Compiling takes a CPU a minute and gains 15%.
         defaults["enforce_eager"] = True
@@ -134,11 +135,9 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
             size = given.get("block_size")
             block = size if isinstance(size, int) and size > 0 else _CPU_BLOCK
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
-    else:
-        defaults["attention_config"] = dict(_ATTENTION)
-        if given.get("kv_cache_memory_bytes") is not None:
-            # The cache's size is settled; a share of the card would only be compared with what is free at the start.
-            of_method["gpu_memory_utilization"] = _NO_SHARE
+    elif given.get("kv_cache_memory_bytes") is not None:
+        # The cache's size is settled; a share of the card would only be compared with what is free at the start.
+        of_method["gpu_memory_utilization"] = _NO_SHARE
     return {**defaults, **given, **of_method}
 
 
@@ -202,7 +201,8 @@ def _worker_environment(more: Mapping[str, str]) -> dict[str, str]:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": _log_level(),
-        # vLLM's own, in each of its processes; and what they leave behind when they end while they are ended.
+        # vLLM's own, in each of its processes; and that one which is ended while it ends left shared memory behind,
+        # which whoever says so removes.
         "PYTHONWARNINGS": "ignore::FutureWarning,ignore:resource_tracker:UserWarning",
     }
     if current_platform.is_cpu():
