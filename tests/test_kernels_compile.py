@@ -74,8 +74,8 @@ def t3() -> Iterator[dict[str, Any]]:
 def test_t3s(compiler: Compiler, t3: dict[str, Any]) -> None:
     kernels, attention, sampler = t3.values()
     tensors = "*bf16 i32 *bf16 i32 *bf16 i32 *bf16 i32 *bf16 i32 i32 i32 *i32 *i32 i32 fp32"
-    sizes = {"WIDTH": 64, "PAGE": 16, "TILE": attention._TILE}
-    compiler.check(kernels.decode, tensors, sizes, num_warps=attention._WARPS)
+    for _, tile, warps in attention.SHAPES:
+        compiler.check(kernels.decode, tensors, {"WIDTH": 64, "PAGE": 16, "TILE": tile}, num_warps=warps)
     state = "*bf16 i32 *i32 *i64 *fp32 *i32 i32 *i32 i32 *fp32 *fp32 *i64 *i32 *i32 *i64"
     ids = {"COUNT": STOP_SPEECH + 1, "SILENT": START_SPEECH, "STOP": STOP_SPEECH, "SIZE": 8192}
     compiler.check(kernels.draw, state, ids, num_warps=sampler._WARPS)

@@ -57,8 +57,12 @@ class Batch:
 
 
 @needs_triton
+@pytest.mark.parametrize("multiprocessors", [1, 8, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_token_attends_to_all_before_it(attention: Any, dtype: torch.dtype) -> None:
+def test_one_token_attends_to_all_before_it(
+    attention: Any, dtype: torch.dtype, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "num_compute_units", lambda: multiprocessors)
     batch = Batch(dtype)
     before, output = batch.cache.clone(), torch.empty_like(batch.query)
     layer = SimpleNamespace(num_heads=HEADS, head_size=WIDTH, scale=WIDTH**-0.5)
@@ -81,9 +85,8 @@ def test_one_token_attends_to_all_before_it(attention: Any, dtype: torch.dtype) 
     assert torch.equal(batch.cache[untouched], before[untouched])
 
 
-def config(cache_dtype: str = "auto", ranks: int = 1, **additional: object) -> Any:
+def config(cache_dtype: str = "auto", ranks: int = 1) -> Any:
     return SimpleNamespace(
-        additional_config=additional,
         parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
         model_config=SimpleNamespace(dtype=torch.bfloat16),
@@ -96,12 +99,19 @@ def test_what_takes_the_place_of_flash_attention(monkeypatch: pytest.MonkeyPatch
     from chatterbox_vllm.t3 import attention
 
     monkeypatch.setattr(attention, "get_attn_backend", lambda *_: attention.FlashAttentionBackend)
-    assert attention.attention_backend(config(decode_kernel=True), 64) is attention.OneTokenAttention
-    assert attention.attention_backend(config(), 64) is None
-    assert attention.attention_backend(config("fp8", decode_kernel=True), 64) is None
-    assert attention.attention_backend(config(ranks=2, decode_kernel=True), 64) is None
+    assert attention.attention_backend(config(), 64) is attention.OneTokenAttention
+    assert attention.attention_backend(config("fp8"), 64) is None
+    assert attention.attention_backend(config(ranks=2), 64) is None
     monkeypatch.setattr(attention, "get_attn_backend", lambda *_: CPUAttentionBackend)
-    assert attention.attention_backend(config(decode_kernel=True), 64) is None
+    assert attention.attention_backend(config(), 64) is None
+
+
+def test_programs_have_the_more_threads_the_fewer_they_are() -> None:
+    from chatterbox_vllm.t3.attention import SHAPES, shape
+
+    chosen = [shape(32 * requests, 132) for requests in (1, 4, 5, 33, 34, 256)]
+    few, some, many = (tuple(each[1:]) for each in SHAPES)
+    assert chosen == [few, few, some, some, many, many]
 
 
 def test_vllm_knows_the_backend_as_its_own() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from vllm import AsyncEngineArgs
+from vllm.config import CUDAGraphMode
 
 from chatterbox_vllm.checkpoint import Checkpoint, load_tensors, resolve
 from chatterbox_vllm.convert import quantize
@@ -43,6 +44,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(methods.current_platform, "is_cpu", lambda: False)
     monkeypatch.setattr(
         methods.current_platform, "has_device_capability", lambda least, device_id=0: capability[0] >= least
+    )
+    monkeypatch.setattr(
+        methods.current_platform, "is_device_capability_family", lambda family: capability[0] // 10 == family // 10
     )
     return capability
 
@@ -233,3 +237,21 @@ def test_attention_has_keys_in_one_piece_unless_asked_otherwise(demo: Checkpoint
     asked = {"attention_config": {"flash_attn_max_num_splits_for_cuda_graph": 8}}
     made = AsyncEngineArgs(model=folder, **engine_arguments(config, asked))
     assert made.attention_config.flash_attn_max_num_splits_for_cuda_graph == 8
+
+
+def test_graphs_of_whole_steps_where_flash_attention_3_is(demo: Checkpoint, gpu: list[int], tmp_path: Path) -> None:
+    config = infer_config(demo.t3)
+    gpu[0] = 89
+    assert "compilation_config" not in engine_arguments(config, {})
+    gpu[0] = 90
+    folder = str(model_folder(demo.t3, config, tmp_path))
+    made = AsyncEngineArgs(model=folder, **engine_arguments(config, {"max_num_seqs": 100}))
+    assert made.compilation_config.cudagraph_mode == CUDAGraphMode.FULL
+    sizes = made.cudagraph_capture_sizes or []
+    assert {1, 100, 104, 256} <= set(sizes)
+    assert max(sizes) == 256
+    assert max(engine_arguments(config, {"max_num_seqs": 300})["cudagraph_capture_sizes"]) == 512
+    for given in ({"compilation_config": {}}, {"max_cudagraph_capture_size": 8}, {"enforce_eager": True}):
+        arguments = engine_arguments(config, given)
+        assert arguments | given == arguments
+        assert "cudagraph_capture_sizes" not in arguments

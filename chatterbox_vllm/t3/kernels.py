@@ -86,48 +86,61 @@ def decode(
 ):
     """Attention of one new token a request to itself and to all before it, and its key and value into the cache.
 
-    Grid: (requests, heads). A request's positions are in ``pages`` of PAGE; in the ``cache`` a head's value of WIDTH
-    lies behind its key. ``lengths`` count the new token; requests that fill up a CUDA graph have 0, and only their
-    rows of ``out`` are written.
+    Grid: (heads, requests), so that the heads of a position, which lie side by side, are read together. A request's
+    positions are in ``pages`` of PAGE; in the ``cache`` a head's value of WIDTH lies behind its key. ``lengths`` count
+    the new token; requests that fill up a CUDA graph have 0, and only their rows of ``out`` are written.
 
-    Each row of a tile keeps its own maximum and its own sums, which are added up once, at the end: so the loop has no
-    sum but that of the products of queries and keys.
+    A tile is loaded while the one before it is computed, and the page of the one after it looked up: a program has too
+    few threads to hide what each of the two takes. Each row of a tile keeps its own maximum and its own sums, which are
+    added up once, at the end: so the loop has no sum but that of the products of queries and keys.
     """
-    request = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    request = tl.program_id(1).to(tl.int64)
     place = tl.arange(0, WIDTH)
-    at = head * WIDTH + place
-    new_key = tl.load(key + request * key_stride + at)
-    new_value = tl.load(value + request * value_stride + at)
-    asked = tl.load(query + request * query_stride + at).to(tl.float32) * scale
+    row = tl.arange(0, TILE)
     length = tl.load(lengths + request)
     last = tl.maximum(length - 1, 0)
     cache += head * head_stride
     pages += request * pages_stride
+
+    there = row < last
+    page = tl.load(pages + row // PAGE, mask=there, other=0).to(tl.int64)
+    old = cache + (page * page_stride + (row % PAGE) * token_stride)[:, None] + place[None, :]
+    keys = tl.load(old, mask=there[:, None], other=0.0)
+    values = tl.load(old + WIDTH, mask=there[:, None], other=0.0)
+    page = tl.load(pages + (row + TILE) // PAGE, mask=row + TILE < last, other=0).to(tl.int64)
+
+    at = head * WIDTH + place
+    new_key = tl.load(key + request * key_stride + at)
+    new_value = tl.load(value + request * value_stride + at)
+    asked = tl.load(query + request * query_stride + at).to(tl.float32) * scale
     own_page = tl.load(pages + last // PAGE).to(tl.int64)
     mine = cache + own_page * page_stride + (last % PAGE) * token_stride + place
     tl.store(mine, new_key, mask=length > 0)
     tl.store(mine + WIDTH, new_value, mask=length > 0)
 
-    row = tl.arange(0, TILE)
     first = row == 0
     most = tl.where(first, tl.sum(asked * new_key.to(tl.float32)), -1e30)
     total = tl.where(first, 1.0, 0.0)
     mixed = tl.where(first[:, None], new_value.to(tl.float32)[None, :], 0.0)
-    for start in range(0, last, TILE):
+    for start in tl.range(0, last, TILE, num_stages=1):
         position = start + row
+        after = position + TILE
+        old = cache + (page * page_stride + (after % PAGE) * token_stride)[:, None] + place[None, :]
+        next_keys = tl.load(old, mask=(after < last)[:, None], other=0.0)
+        next_values = tl.load(old + WIDTH, mask=(after < last)[:, None], other=0.0)
+        page = tl.load(pages + (after + TILE) // PAGE, mask=after + TILE < last, other=0).to(tl.int64)
+
         there = position < last
-        page = tl.load(pages + position // PAGE, mask=there, other=0).to(tl.int64)
-        old = cache + (page * page_stride + (position % PAGE) * token_stride)[:, None] + place[None, :]
-        keys = tl.load(old, mask=there[:, None], other=0.0).to(tl.float32)
-        values = tl.load(old + WIDTH, mask=there[:, None], other=0.0).to(tl.float32)
-        score = tl.where(there, tl.sum(keys * asked[None, :], 1), -1e30)
+        score = tl.where(there, tl.sum(keys.to(tl.float32) * asked[None, :], 1), -1e30)
         higher = tl.maximum(most, score)
         kept = tl.exp2(most - higher)
         part = tl.where(there, tl.exp2(score - higher), 0.0)
         total = total * kept + part
-        mixed = mixed * kept[:, None] + part[:, None] * values
+        mixed = mixed * kept[:, None] + part[:, None] * values.to(tl.float32)
         most = higher
+        keys = next_keys
+        values = next_values
     share = tl.exp2(most - tl.max(most))
     result = tl.sum(mixed * share[:, None], 0) / tl.sum(total * share)
     tl.store(out + request * out_stride + at, result.to(out.dtype.element_ty))

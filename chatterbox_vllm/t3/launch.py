@@ -46,6 +46,12 @@ FIXED: Mapping[str, Any] = {
 }
 _SPLITS = 1
 """Utterances are short: to split one's keys among thread blocks costs each layer a kernel more, and gains nothing."""
+_GRAPHS = {"compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "enforce_eager"}
+"""Arguments that say which CUDA graphs there are: with one of the caller's, none of ours."""
+_REQUESTS = 256
+_PROMPT = 256
+"""Positions of a step for which there is always a graph: a prompt has ``OVERHEAD``, and its text about one a letter."""
+_LARGEST_GRAPH = 512
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
 _NO_SHARE = 0.001
@@ -135,10 +141,21 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
             size = given.get("block_size")
             block = size if isinstance(size, int) and size > 0 else _CPU_BLOCK
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
-    elif given.get("kv_cache_memory_bytes") is not None:
+    elif current_platform.is_device_capability_family(90) and not _GRAPHS & given.keys():
+        # Where FlashAttention 3 is: the older one's steps that read prompts cannot be one graph.
+        defaults["compilation_config"] = {"cudagraph_mode": "FULL"}
+        defaults["cudagraph_capture_sizes"] = _graph_sizes(given.get("max_num_seqs", _REQUESTS))
+    if not current_platform.is_cpu() and given.get("kv_cache_memory_bytes") is not None:
         # The cache's size is settled; a share of the card would only be compared with what is free at the start.
         of_method["gpu_memory_utilization"] = _NO_SHARE
     return {**defaults, **given, **of_method}
+
+
+def _graph_sizes(requests: int) -> list[int]:
+    """Of steps, in positions: vLLM's choice, and beside few requests graphs that a prompt fits into."""
+    most = min(max(2 * requests, _PROMPT), _LARGEST_GRAPH)
+    sizes = {1, 2, 4, requests, *range(8, 256, 8), *range(256, _LARGEST_GRAPH + 1, 16)}
+    return sorted(size for size in sizes if size <= most)
 
 
 def _started(folder: Path, arguments: Mapping[str, Any]) -> AsyncLLM:
