@@ -30,12 +30,13 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_codes_are_packed_as_compressed_tensors_packs_them() -> None:
-    codes = torch.randint(0, 16, (24, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    signed = (codes.to(torch.int16) - 8).to(torch.int8)
-    assert torch.equal(pack(codes), pack_to_int32(signed, 4, packed_dim=1))
-    assert torch.equal(pack(codes.T).T, pack_to_int32(signed, 4, packed_dim=0))
-    assert torch.equal(unpack(pack(codes)), codes)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_are_packed_as_compressed_tensors_packs_them(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (24, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    signed = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    assert torch.equal(pack(codes, bits), pack_to_int32(signed, bits, packed_dim=1))
+    assert torch.equal(pack(codes.T, bits).T, pack_to_int32(signed, bits, packed_dim=0))
+    assert torch.equal(unpack(pack(codes, bits), bits), codes)
 
 
 def test_rows_are_rounded_as_bitsandbytes_rounds_them() -> None:
@@ -43,8 +44,8 @@ def test_rows_are_rounded_as_bitsandbytes_rounds_them() -> None:
     weight = drawn(16, 96)
     codes, largest, _ = functional.int8_vectorwise_quant(weight)
     ours = Stored("bnb-8bit").encode("x", weight)
-    assert torch.equal(ours["x.weight"], codes)
-    torch.testing.assert_close(ours["x.SCB"], largest)
+    assert torch.equal(ours["x.weight_packed"], pack_to_int32(codes, 8, packed_dim=1))
+    torch.testing.assert_close(127 * ours["x.weight_scale"].squeeze(1), largest)
 
 
 @pytest.mark.parametrize("stored", [Stored("int8"), Stored("bnb-8bit"), Stored("awq", 32), Stored("awq", 64)])

@@ -44,7 +44,8 @@ from chatterbox_vllm.quantization import matrices
 from chatterbox_vllm.quantization.packing import Stored
 from chatterbox_vllm.quantization.policy import COMPONENTS, STRATEGIES, Given, Policy, resolve
 from chatterbox_vllm.settings import Settings, load
-from chatterbox_vllm.t3.conversion import encoded, linear_layers
+from chatterbox_vllm.t3.config import T3Config
+from chatterbox_vllm.t3.conversion import encoded, linear_layers, vllm_quantization
 from chatterbox_vllm.t3.folder import infer_config
 from chatterbox_vllm.types import SpeechOptions
 from tests.fake_engine import FakeChatterbox, running, wav
@@ -132,13 +133,15 @@ def test_a_use_bnb_quantization_is_t3_in_8_bits() -> None:
 
 
 def test_a_every_linear_layer_of_t3_and_nothing_else(demo: Checkpoint) -> None:
-    """The Llama's linear layers become int8 rows; every other tensor, biases among them, stays as it was."""
+    """The Llama's linear layers become rows of 8 bits; every other tensor, biases among them, stays as it was."""
     tensors, sizes = load_file(demo.t3), infer_config(demo.t3)
     made = encoded(tensors.items(), Stored("bnb-8bit"), sizes)
-    eight_bit = {name for name, tensor in made.items() if tensor.dtype == torch.int8}
-    assert eight_bit == {f"{stem}.weight" for stem in linear_layers(sizes)}
-    assert len(eight_bit) == 7 * sizes.num_hidden_layers
-    kept = tensors.keys() - eight_bit
+    stems = {name.removesuffix(".weight_packed") for name in made if name.endswith(".weight_packed")}
+    assert stems == linear_layers(sizes).keys()
+    assert len(stems) == 7 * sizes.num_hidden_layers
+    for stem in stems:
+        assert made[f"{stem}.weight_packed"].nbytes == tensors[f"{stem}.weight"].numel()
+    kept = tensors.keys() - {f"{stem}.weight" for stem in stems}
     assert all(torch.equal(made[name], tensors[name]) for name in kept)
     assert any(name.endswith("bias") for name in kept)
 
@@ -171,7 +174,8 @@ def test_a_without_bitsandbytes_the_command_is_named(demo: Checkpoint, monkeypat
     monkeypatch.setattr(methods, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     monkeypatch.setattr(methods, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install 'vllm-bnb-plugin"):
-        methods.method_arguments("bnb-8bit", infer_config(demo.t3), {})
+        methods.method_arguments("bnb-4bit", infer_config(demo.t3), {})
+    assert methods.method_arguments("bnb-8bit", infer_config(demo.t3), {}) == {}, "needs neither"
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="pip install 'bitsandbytes"):
         matrices.quantized(torch.ones(64, 64), "bnb-4bit")
@@ -620,8 +624,10 @@ def test_d_tensor_parallel(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) ->
     assert methods.method_arguments("bnb-4bit", sizes, two) == {"quantization": "bitsandbytes"}
     assert "fp8" in methods.method_arguments("fp8", sizes, two)["quantization"]
     methods.method_arguments("int8", sizes, two)
-    with pytest.raises(ConfigurationError, match=r"tensor_parallel_size=2.*use int8"):
-        methods.method_arguments("bnb-8bit", sizes, two)
+    methods.method_arguments("bnb-8bit", sizes, two)
+    grouped = T3Config(quantization_config=vllm_quantization(Stored("awq", 128)))
+    with pytest.raises(ConfigurationError, match=r"tensor_parallel_size=16.*groups"):
+        methods.method_arguments("awq", grouped, {"tensor_parallel_size": 16})
 
 
 def test_d_streaming_and_several_speakers(demo: Checkpoint) -> None:

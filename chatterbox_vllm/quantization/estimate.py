@@ -68,7 +68,7 @@ COSTS: Final[Mapping[tuple[str, str], Cost]] = MappingProxyType(
     {
         # vllm-bnb-plugin quantises the scales, too, but turns them back to float32 while it loads.
         ("t3", Method.BNB_4BIT): Cost(4, block=64, scale=4),
-        ("t3", Method.BNB_8BIT): Cost(8, row=4),
+        ("t3", Method.BNB_8BIT): Cost(8, row=2),
         # A group has a 16-bit scale and a 4-bit zero point; of 128 weights, unless the file says otherwise.
         ("t3", Method.AWQ): Cost(4, block=128, scale=2.5),
         ("t3", Method.INT8): Cost(8, row=4),

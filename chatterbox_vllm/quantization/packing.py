@@ -1,4 +1,4 @@
-"""How the linear layers of a T3 file are stored: whole, as rows of int8, or as groups of packed 4-bit integers.
+"""How the linear layers of a T3 file are stored: whole, as rows of 8-bit integers, or as groups of 4-bit integers.
 
 A quantised file is laid out as upstream's, but for the linear layers of the Llama: each ``NAME.weight`` is replaced by
 tensors of the same stem, in formats that vLLM loads without a conversion of its own.
@@ -6,11 +6,13 @@ tensors of the same stem, in formats that vLLM loads without a conversion of its
     method     tensors beside the stem NAME                                             format
     none       weight (outputs, inputs), floating                                       upstream's
     int8       weight int8, weight_scale (outputs, 1) float32                           compressed-tensors W8A8
-    bnb-8bit   weight int8, SCB (outputs,) float32, the rows' largest magnitudes        bitsandbytes' LLM.int8
+    bnb-8bit   weight_packed (outputs, inputs / 4) int32, weight_scale (outputs, 1) float32,
+               weight_shape (2,) int64                                                  compressed-tensors W8A16
     awq        weight_packed (outputs, inputs / 8) int32, weight_scale (outputs, groups) float32,
                weight_zero_point (outputs / 8, groups) int32, weight_shape (2,) int64   compressed-tensors W4A16
 
-The file's header says which (``Stored``), so that nobody has to be told. This module knows matrices, not T3; it
+int8 and bnb-8bit have the same integers, those of bitsandbytes' LLM.int8; with int8, activations are rounded, too. The
+file's header says which it is (``Stored``), so that nobody has to be told. This module knows matrices, not T3; it
 imports torch only where it computes.
 """
 
@@ -34,8 +36,12 @@ STORABLE: Final = (Method.AWQ, Method.INT8, Method.BNB_8BIT)
 """Methods of which there are files; the others quantise while vLLM loads."""
 GROUP_SIZES: Final = (128, 64, 32)
 """Inputs that share a 4-bit scale; all of vLLM's 4-bit kernels know the first."""
-_NIBBLES: Final = 8
-"""4-bit integers in an int32."""
+_WORD: Final = 32
+"""Bits of what integers are packed into."""
+_PACKED: Final = {Method.AWQ: 4, Method.BNB_8BIT: 8}
+"""Bits of a packed integer."""
+_ZERO: Final = 128
+"""The 8-bit code that means 0."""
 
 
 @dataclass(frozen=True)
@@ -82,23 +88,24 @@ class Stored:
     @property
     def codes(self) -> str:
         """The tensor beside a stem that has the matrix's rows."""
-        return "weight_packed" if self.method == Method.AWQ else "weight"
+        return "weight_packed" if self.method in _PACKED else "weight"
 
     def shapes(self, stem: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that stand for the matrix (outputs, inputs) called ``stem``."""
-        if self.method == Method.AWQ:
-            groups = inputs // self.group_size
-            return {
-                f"{stem}.weight_packed": (outputs, inputs // _NIBBLES),
-                f"{stem}.weight_scale": (outputs, groups),
-                f"{stem}.weight_zero_point": (outputs // _NIBBLES, groups),
-                f"{stem}.weight_shape": (2,),
-            }
-        more: dict[str, dict[str, tuple[int, ...]]] = {
-            Method.INT8: {f"{stem}.weight_scale": (outputs, 1)},
-            Method.BNB_8BIT: {f"{stem}.SCB": (outputs,)},
+        if self.method == Method.NONE:
+            return {f"{stem}.weight": (outputs, inputs)}
+        if self.method == Method.INT8:
+            return {f"{stem}.weight": (outputs, inputs), f"{stem}.weight_scale": (outputs, 1)}
+        bits = _PACKED[Method(self.method)]
+        groups = inputs // self.group_size if self.group_size else 1
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{stem}.weight_packed": (outputs, inputs * bits // _WORD),
+            f"{stem}.weight_scale": (outputs, groups),
+            f"{stem}.weight_shape": (2,),
         }
-        return {f"{stem}.weight": (outputs, inputs), **more.get(self.method, {})}
+        if self.method == Method.AWQ:
+            shapes[f"{stem}.weight_zero_point"] = (outputs * bits // _WORD, groups)
+        return shapes
 
     def encode(self, stem: str, weight: Tensor) -> dict[str, Tensor]:
         """``weight`` (outputs, inputs), floating, rounded and stored; the tensors are ``shapes``'s."""
@@ -109,28 +116,32 @@ class Stored:
         if self.method == Method.AWQ:
             rounded = round_groups(weight, self.group_size)
             return {
-                f"{stem}.weight_packed": pack(rounded.codes),
+                f"{stem}.weight_packed": pack(rounded.codes, 4),
                 f"{stem}.weight_scale": rounded.scale,
-                f"{stem}.weight_zero_point": pack(rounded.zero.T).T.contiguous(),
+                f"{stem}.weight_zero_point": pack(rounded.zero.T, 4).T.contiguous(),
                 f"{stem}.weight_shape": torch.tensor(weight.shape),
             }
         codes, scale = round_rows(weight)
         if self.method == Method.INT8:
             return {f"{stem}.weight": codes, f"{stem}.weight_scale": scale}
-        return {f"{stem}.weight": codes, f"{stem}.SCB": scale.squeeze(1) * 127}
+        return {
+            f"{stem}.weight_packed": pack(codes.to(torch.int16) + _ZERO, 8),
+            f"{stem}.weight_scale": scale,
+            f"{stem}.weight_shape": torch.tensor(weight.shape),
+        }
 
     def decode(self, stem: str, tensors: Mapping[str, Tensor]) -> Tensor:
         """(outputs, inputs) float32: the matrix that ``encode``'s tensors stand for."""
-        if self.method == Method.AWQ:
-            scale = tensors[f"{stem}.weight_scale"].float()
-            zero = unpack(tensors[f"{stem}.weight_zero_point"].T).T
-            return Groups(unpack(tensors[f"{stem}.weight_packed"]), scale, zero).decoded()
-        weight = tensors[f"{stem}.weight"].float()
+        if self.method == Method.NONE:
+            return tensors[f"{stem}.weight"].float()
+        scale = tensors[f"{stem}.weight_scale"].float()
         if self.method == Method.INT8:
-            return weight * tensors[f"{stem}.weight_scale"]
+            return tensors[f"{stem}.weight"].float() * scale
+        packed = tensors[f"{stem}.weight_packed"]
         if self.method == Method.BNB_8BIT:
-            return weight * (tensors[f"{stem}.SCB"] / 127).unsqueeze(1)
-        return weight
+            return (unpack(packed, 8).float() - _ZERO) * scale
+        zero = unpack(tensors[f"{stem}.weight_zero_point"].T, 4).T
+        return Groups(unpack(packed, 4), scale, zero).decoded()
 
 
 class Groups(NamedTuple):
@@ -197,20 +208,20 @@ def _divisor(largest: Tensor) -> Tensor:
     return largest.clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def pack(codes: Tensor) -> Tensor:
-    """(rows, n) uint8 of 0 to 15 -> (rows, n / 8) int32, the first code in the lowest bits."""
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, n) integers from 0 to 2^bits - 1 -> (rows, n x bits / 32) int32, the first code in the lowest bits."""
     import torch
 
-    wide = codes.to(torch.int32).unflatten(1, (-1, _NIBBLES))
+    wide = codes.to(torch.int32).unflatten(1, (-1, _WORD // bits))
     packed = wide[..., 0].clone()
-    for place in range(1, _NIBBLES):
-        packed |= wide[..., place] << 4 * place
+    for place in range(1, wide.shape[2]):
+        packed |= wide[..., place] << bits * place
     return packed
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """The inverse of ``pack``: (rows, n) int32 -> (rows, 8 n) uint8."""
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of ``pack``: (rows, n) int32 -> (rows, n x 32 / bits) uint8."""
     import torch
 
-    places = 4 * torch.arange(_NIBBLES, dtype=torch.int32, device=packed.device)
-    return ((packed.unsqueeze(2) >> places) & 15).to(torch.uint8).flatten(1)
+    places = torch.arange(0, _WORD, bits, dtype=torch.int32, device=packed.device)
+    return ((packed.unsqueeze(2) >> places) & (2**bits - 1)).to(torch.uint8).flatten(1)

@@ -35,7 +35,7 @@ class Method(StrEnum):
     BNB_4BIT = "bnb-4bit"
     """bitsandbytes' NF4 in blocks of 64, with 16-bit activations. NVIDIA GPUs."""
     BNB_8BIT = "bnb-8bit"
-    """bitsandbytes' LLM.int8: a scale a row. NVIDIA GPUs."""
+    """bitsandbytes' 8-bit weights, a scale a row, with 16-bit activations. NVIDIA GPUs."""
     AWQ = "awq"
     """4-bit T3 that ``chatterbox-vllm quantize`` wrote, on vLLM's kernels for that; on a CPU, too."""
     INT8 = "int8"

@@ -12,15 +12,11 @@ ARCHITECTURE = "ChatterboxT3"
 
 def register() -> None:
     """Makes vLLM know the model; the ``vllm.general_plugins`` entry point, run in every process of an engine."""
-    import logging
-
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
     from chatterbox_vllm.t3.config import T3Config
 
-    # Its 8-bit layers warn at each product that they cast to float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     AutoConfig.register(T3Config.model_type, T3Config, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "chatterbox_vllm.t3.model:ChatterboxT3")

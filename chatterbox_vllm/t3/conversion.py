@@ -27,10 +27,8 @@ if TYPE_CHECKING:
     from chatterbox_vllm.t3.config import T3Config
 
 logger = logging.getLogger(__name__)
-_VERSION = 1
+_VERSION = 2
 """Counts the changes to what a conversion writes."""
-OUTLIERS = 6.0
-"""LLM.int8's threshold: bitsandbytes multiplies input channels with larger activations in 16 bit."""
 
 
 def linear_layers(config: T3Config) -> dict[str, tuple[int, int]]:
@@ -45,23 +43,15 @@ def linear_layers(config: T3Config) -> dict[str, tuple[int, int]]:
 
 def vllm_quantization(stored: Stored) -> dict[str, Any]:
     """The ``quantization_config`` of a Hugging Face config.json, by which vLLM knows what it loads."""
-    if stored.method == Method.BNB_8BIT:
-        return {
-            "quant_method": "bitsandbytes",
-            "load_in_8bit": True,
-            "load_in_4bit": False,
-            "llm_int8_threshold": OUTLIERS,
-        }
-    rows = {"num_bits": 8, "type": "int", "symmetric": True}
-    group: dict[str, Any] = {
+    eight: dict[str, Any] = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    four = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": stored.group_size}
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    group = {
         "targets": ["Linear"],
-        "weights": {**rows, "strategy": "channel"},
-        "input_activations": {**rows, "strategy": "token", "dynamic": True},
+        "weights": four if stored.method == Method.AWQ else eight,
+        "input_activations": inputs if stored.method == Method.INT8 else None,
     }
-    if stored.method == Method.AWQ:
-        four = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": stored.group_size}
-        group = {"targets": ["Linear"], "weights": four, "input_activations": None}
-    layout = "pack-quantized" if stored.method == Method.AWQ else "int-quantized"
+    layout = "int-quantized" if stored.method == Method.INT8 else "pack-quantized"
     return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}}
 
 

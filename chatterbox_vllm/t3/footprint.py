@@ -77,7 +77,7 @@ def _beside(parameter: Any) -> Iterator[Tensor]:
     """Scales that bitsandbytes' plugin hangs on a parameter instead of registering them."""
     states = getattr(parameter, "bnb_quant_state", {})
     for state in states.values():
-        yield from (state,) if isinstance(state, Tensor) else (state.absmax, state.code)
+        yield from (state.absmax, state.code)
 
 
 def _elements(module: Any) -> int:

@@ -2,12 +2,13 @@
 
     method     weights come from                          runs on
     bnb-4bit   rounding while vLLM loads (its plugin)     NVIDIA GPUs; NF4, double quantisation, bfloat16 products
-    bnb-8bit   a conversion in the cache (its plugin)     NVIDIA GPUs, without CUDA graphs
+    bnb-8bit   a conversion in the cache                  NVIDIA GPUs (Marlin, Machete); weights only
     int8       a conversion in the cache                  NVIDIA GPUs (CUTLASS, Triton), CPUs (oneDNN)
     fp8        rounding while vLLM loads                  NVIDIA GPUs; weights only before compute capability 8.9
     awq        a checkpoint of ``chatterbox-vllm quantize``   NVIDIA GPUs (Marlin, Machete), CPUs in bfloat16
 
-vLLM 0.32 has no online int8 for linear layers, hence the conversion.
+vLLM 0.32 has no online int8 for linear layers, hence the conversions. bnb-8bit is bitsandbytes' rounding with other
+products: vLLM's plugin computes LLM.int8's by seven products a layer that wait for the host, without CUDA graphs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from chatterbox_vllm.upstream import PIP
 
 CONVERTED: Final = frozenset({Method.INT8, Method.BNB_8BIT})
 """Methods for which an unquantised checkpoint is converted on first use."""
-_HALF_ONLY: Final = frozenset({Method.BNB_4BIT, Method.INT8, Method.AWQ, Method.FP8})
+_HALF_ONLY: Final = frozenset({Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8, Method.AWQ, Method.FP8})
 """Methods that have no float32 activations on a GPU."""
 _PARAM: Final = "quantization"
 
@@ -62,20 +63,18 @@ def method_arguments(method: str, config: T3Config, given: Mapping[str, Any]) ->
 
     Raises:
         ConfigurationError: this machine, the tensor parallelism or the dtype does not suit the method.
-        MissingDependency: the method is bitsandbytes' and vLLM's plugin for it is absent.
+        MissingDependency: the method is bnb-4bit and vLLM's plugin for it is absent.
     """
     if method in _HALF_ONLY and given.get("dtype") in ("float32", "float") and not current_platform.is_cpu():
         raise ConfigurationError(f"quantization={method} needs dtype=bfloat16 or float16 on a GPU", param="dtype")
-    if method in (Method.BNB_4BIT, Method.BNB_8BIT):
-        _need_gpu(method)
-        _need_bitsandbytes(method)
     match method:
         case Method.NONE:
             return {}
         case Method.BNB_4BIT:
-            return {"quantization": "bitsandbytes"}
+            return _bnb_4bit()
         case Method.BNB_8BIT:
-            return _bnb_8bit(_parallel(given))
+            _need_gpu(method)
+            return {}
         case Method.INT8:
             return _int8(given.get("linear_backend"))
         case Method.FP8:
@@ -85,14 +84,12 @@ def method_arguments(method: str, config: T3Config, given: Mapping[str, Any]) ->
     return {"quantization": method}
 
 
-def _bnb_8bit(ranks: int) -> dict[str, Any]:
-    if ranks > 1:
-        raise ConfigurationError(
-            f"quantization=bnb-8bit and tensor_parallel_size={ranks} exclude each other: vLLM's plugin cannot share "
-            "out weights that are quantised already; use int8",
-            param=_PARAM,
-        )
-    return {"enforce_eager": True}  # the plugin's 8-bit layers cannot be captured
+def _bnb_4bit() -> dict[str, Any]:
+    _need_gpu(Method.BNB_4BIT)
+    if find_spec("vllm_bnb_plugin") is None or find_spec("bitsandbytes") is None:
+        command = f"{PIP} install 'vllm-bnb-plugin>=0.0.3,<0.1' 'bitsandbytes>=0.50.2,<0.51'"
+        raise MissingDependency("vllm-bnb-plugin", purpose=f"for quantization={Method.BNB_4BIT}", command=command)
+    return {"quantization": "bitsandbytes"}
 
 
 def _int8(backend: object) -> dict[str, Any]:
@@ -134,9 +131,3 @@ def _need_gpu(method: str) -> None:
         raise ConfigurationError(
             f"quantization={method} needs an NVIDIA GPU; on a CPU leave it out, or use int8", param=_PARAM
         )
-
-
-def _need_bitsandbytes(method: str) -> None:
-    if find_spec("vllm_bnb_plugin") is None or find_spec("bitsandbytes") is None:
-        command = f"{PIP} install 'vllm-bnb-plugin>=0.0.3,<0.1' 'bitsandbytes>=0.50.2,<0.51'"
-        raise MissingDependency("vllm-bnb-plugin", purpose=f"for quantization={method}", command=command)
