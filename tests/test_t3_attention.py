@@ -183,6 +183,13 @@ class TestGraphs:
         assert prompt.num_reqs == (8 if mode == "FULL" else None)
         assert graphs.dispatch(2, 33, None, 0).cg_mode.name == "NONE"
 
+    def test_a_token_each_is_never_a_step_that_reads_prompts(self, graphs: Any) -> None:
+        """Nine requests have no graph; and a prompt's first token, if it comes alone, is no decoding to vLLM."""
+        for step in (graphs.dispatch(9, 9, 1, 0), graphs.dispatch(5, 5, None, 0)):
+            assert step.uniform_token_count is None
+            assert step.cg_mode.name != "FULL"
+        assert graphs.dispatch(1, 1, None, 0).num_tokens == 1
+
     def test_all_are_captured_the_largest_first(self, graphs: Any) -> None:
         from vllm.config.compilation import CUDAGraphMode
 
@@ -203,3 +210,29 @@ def test_vllms_runner_makes_these_graphs(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(model_runner, "ModelCudaGraphManager", model_runner.ModelCudaGraphManager)
     graphs.install()
     assert model_runner.ModelCudaGraphManager is graphs.StepGraphs
+
+
+def test_what_layers_are_told_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing where a graph of steps with a token each is replayed, which is the one case in which nobody asks."""
+    from vllm.config.compilation import CUDAGraphMode
+
+    from chatterbox_vllm.t3 import state
+    from chatterbox_vllm.t3.attention import FlashAttentionBackend, OneTokenAttention
+
+    monkeypatch.setattr(state.DefaultModelState, "prepare_attn", lambda *_, **more: {"told": "all"})
+    its: Any = object.__new__(state.GuidedModelState)
+
+    def told(
+        tokens: int = 4, mode: str = "FULL", backend: Any = OneTokenAttention, blocks: int | None = None, **more: bool
+    ) -> bool:
+        batch = SimpleNamespace(num_reqs=4, num_tokens=tokens)
+        groups = [[SimpleNamespace(backend=backend, kernel_block_size=blocks)]]
+        return bool(its.prepare_attn(batch, CUDAGraphMode[mode], (), None, groups, None, **more))
+
+    assert not told()
+    assert told(tokens=5)
+    assert told(mode="NONE")
+    assert told(mode="PIECEWISE")
+    assert told(backend=FlashAttentionBackend)
+    assert told(blocks=16)
+    assert told(for_capture=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor as Step
 
 
 class StepGraphs(cudagraph_utils.ModelCudaGraphManager):
@@ -30,6 +32,17 @@ class StepGraphs(cudagraph_utils.ModelCudaGraphManager):
         steps.sort(key=lambda step: step.num_tokens, reverse=True)  # the largest first, as vLLM has it
         for found in self._candidates.values():  # the first that suits is taken
             found[:0] = [decoding[step] for step in found if step in decoding]
+
+    def dispatch(self, num_reqs: int, num_tokens: int, *others: Any, **more: Any) -> Step:
+        """The graph of a step. One with a token each never runs in a graph that may read a prompt.
+
+        Such a graph attends by a plan, which is made for no such step (``attention.OneTokenBuilder``).
+        """
+        found = super().dispatch(num_reqs, num_tokens, *others, **more)
+        is_full = found.cg_mode == CUDAGraphMode.FULL
+        if num_reqs == num_tokens and is_full and found.uniform_token_count is None and found.num_tokens > 1:
+            return Step(CUDAGraphMode.NONE, num_tokens, num_reqs)
+        return found
 
 
 def install() -> None:

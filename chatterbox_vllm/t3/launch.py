@@ -217,6 +217,7 @@ def _worker_environment(more: Mapping[str, str]) -> dict[str, str]:
         # A forked engine hangs when this process has already run threaded torch work.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MOE_SKIP_PADDING": "0",  # two kernels a step for experts, of which there are none
         "VLLM_LOGGING_LEVEL": _log_level(),
         # vLLM's own, in each of its processes; and that one which is ended while it ends left shared memory behind,
         # which whoever says so removes.
