@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,6 +102,9 @@ def test_what_takes_the_place_of_flash_attention(monkeypatch: pytest.MonkeyPatch
     assert attention.attention_backend(config(), 64) is attention.OneTokenAttention
     assert attention.attention_backend(config("fp8"), 64) is None
     assert attention.attention_backend(config(ranks=2), 64) is None
+    monkeypatch.setattr(attention.envs, "VLLM_BATCH_INVARIANT", True)
+    assert attention.attention_backend(config(), 64) is None
+    monkeypatch.setattr(attention.envs, "VLLM_BATCH_INVARIANT", False)
     monkeypatch.setattr(attention, "get_attn_backend", lambda *_: CPUAttentionBackend)
     assert attention.attention_backend(config(), 64) is None
 
@@ -143,15 +146,17 @@ def test_only_prompts_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
         FlashAttentionMetadataBuilder, "_get_scheduler_metadata", lambda _, *, max_query_len, batch_size: "plan"
     )
     builder: Any = object.__new__(OneTokenBuilder)
+    builder.vllm_config = SimpleNamespace(use_v2_model_runner=True)
     assert builder._get_scheduler_metadata(max_query_len=1, batch_size=8) is None
     assert builder._get_scheduler_metadata(max_query_len=98, batch_size=8) == "plan"
+    builder.vllm_config.use_v2_model_runner = False
+    assert builder._get_scheduler_metadata(max_query_len=1, batch_size=8) == "plan"
 
 
 class TestGraphs:
-    """Of a runner with room for eight requests."""
-
-    @pytest.fixture(params=["FULL", "FULL_AND_PIECEWISE"])
-    def graphs(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    @pytest.fixture
+    def make(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Any]:
+        """The graphs of a mode, of a runner with room for so many requests."""
         from vllm.config.compilation import CUDAGraphMode
         from vllm.v1.worker.gpu import cudagraph_utils
 
@@ -160,17 +165,35 @@ class TestGraphs:
         rank = SimpleNamespace(is_first_rank=True, is_last_rank=True)
         monkeypatch.setattr(cudagraph_utils, "get_pp_group", lambda: rank)
         monkeypatch.setattr(cudagraph_utils.current_platform, "get_global_graph_pool", lambda: None, raising=False)
-        compilation = SimpleNamespace(cudagraph_capture_sizes=[1, 2, 4, 8, 16, 32], max_cudagraph_capture_size=32)
-        vllm_config = SimpleNamespace(
-            scheduler_config=SimpleNamespace(max_num_seqs=8),
-            compilation_config=compilation,
-            parallel_config=SimpleNamespace(tensor_parallel_size=1),
-            speculative_config=None,
-            cache_config=SimpleNamespace(use_kda_recoverssm=False),
-        )
-        made = StepGraphs(vllm_config, torch.device("cpu"), CUDAGraphMode[request.param], decode_query_len=1)
-        made._graphs_captured = True
+
+        def made(mode: str, requests: int) -> Any:
+            sizes = [1, 2, 4, 8, 16, 32]
+            vllm_config = SimpleNamespace(
+                scheduler_config=SimpleNamespace(max_num_seqs=requests),
+                compilation_config=SimpleNamespace(cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=32),
+                parallel_config=SimpleNamespace(tensor_parallel_size=1),
+                speculative_config=None,
+                cache_config=SimpleNamespace(use_kda_recoverssm=False),
+            )
+            graphs: Any = StepGraphs(vllm_config, torch.device("cpu"), CUDAGraphMode[mode], decode_query_len=1)
+            graphs._graphs_captured = True
+            return graphs
+
         return made
+
+    @pytest.fixture(params=["FULL", "FULL_AND_PIECEWISE"])
+    def graphs(self, make: Callable[[str, int], Any], request: pytest.FixtureRequest) -> Any:
+        """Of a runner with room for eight requests."""
+        return make(request.param, 8)
+
+    def test_all_requests_have_a_graph_to_decode_in(self, make: Callable[[str, int], Any]) -> None:
+        """Though vLLM was told no size for so many."""
+        graphs = make("FULL", 11)
+        step = graphs.dispatch(10, 10, 1, 0)
+        assert (step.num_tokens, step.num_reqs, step.uniform_token_count) == (11, 11, 1)
+        assert graphs.dispatch(10, 11, None, 0).num_tokens == 16
+        sizes = [step.num_tokens for step in next(iter(graphs._capture_descs.values())) if step.uniform_token_count]
+        assert sizes == [11, 8, 4, 2, 1]
 
     def test_which_graph_a_step_runs(self, graphs: Any) -> None:
         mode = graphs.cudagraph_mode.name

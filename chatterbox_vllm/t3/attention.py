@@ -12,6 +12,7 @@ import math
 from typing import Any, Final
 
 from torch import Tensor, nn
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.utils.platform_utils import num_compute_units
 from vllm.v1.attention.backend import AttentionBackend
@@ -35,7 +36,8 @@ def attention_backend(vllm_config: VllmConfig, head_dim: int) -> type[AttentionB
     """For ``Attention``: ours in place of FlashAttention on a cache that is whole and not quantised; else None."""
     cache_dtype = vllm_config.cache_config.cache_dtype
     is_shared_out = vllm_config.parallel_config.decode_context_parallel_size > 1
-    if cache_dtype not in _PLAIN or is_shared_out:
+    # Its order of summation depends on how many requests there are.
+    if cache_dtype not in _PLAIN or is_shared_out or envs.VLLM_BATCH_INVARIANT:
         return None
     chosen = get_attn_backend(head_dim, vllm_config.model_config.dtype, cache_dtype)
     return OneTokenAttention if chosen is FlashAttentionBackend else None
@@ -66,7 +68,8 @@ class OneTokenBuilder(FlashAttentionMetadataBuilder):
     """Plans only the steps that FlashAttention computes."""
 
     def _get_scheduler_metadata(self, *, max_query_len: int, **others: Any) -> Tensor | None:
-        if max_query_len == 1:
+        # vLLM's older runner has steps with a token each run in graphs that FlashAttention is in.
+        if max_query_len == 1 and self.vllm_config.use_v2_model_runner:
             return None
         return super()._get_scheduler_metadata(max_query_len=max_query_len, **others)
 

@@ -60,6 +60,8 @@ def infer_config(path: Path, *, mask_invalid_tokens: bool = True) -> T3Config:
             **({} if stored.method == Method.NONE else {"quantization_config": vllm_quantization(stored)}),
         )
     except KeyError as error:
+        if stored.method != Method.NONE:
+            raise CheckpointError(f"{path} is {stored.method}, but has no tensor {error}; quantise it again") from error
         raise CheckpointError(f"{path} has no tensor {error}: it is not a T3 checkpoint") from error
     _check(path, found, expected_shapes(config, stored))
     return config

@@ -23,15 +23,16 @@ class StepGraphs(cudagraph_utils.ModelCudaGraphManager):
         if self.cudagraph_mode != CUDAGraphMode.FULL or not self._capture_descs:
             return
         steps = self._capture_descs[CUDAGraphMode.FULL]
-        decoding = {
-            step: replace(step, num_reqs=step.num_tokens, uniform_token_count=1)
-            for step in steps
-            if step.num_tokens <= self.max_num_reqs
-        }
-        steps += decoding.values()
+        decoding = {step: self._decoding(step) for step in steps}
+        steps += dict.fromkeys(decoding.values())
         steps.sort(key=lambda step: step.num_tokens, reverse=True)  # the largest first, as vLLM has it
         for found in self._candidates.values():  # the first that suits is taken
             found[:0] = [decoding[step] for step in found if step in decoding]
+
+    def _decoding(self, step: Step) -> Step:
+        """As large as ``step`` or, if that is less, all requests with a token each."""
+        size = min(step.num_tokens, self.max_num_reqs)
+        return replace(step, num_tokens=size, num_reqs=size, uniform_token_count=1)
 
     def dispatch(self, num_reqs: int, num_tokens: int, *others: Any, **more: Any) -> Step:
         """The graph of a step. One with a token each never runs in a graph that may read a prompt.

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
-from vllm import AsyncEngineArgs
+from vllm import AsyncEngineArgs, envs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -141,8 +141,7 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
             size = given.get("block_size")
             block = size if isinstance(size, int) and size > 0 else _CPU_BLOCK
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
-    elif current_platform.is_device_capability_family(90) and not _GRAPHS & given.keys():
-        # Where FlashAttention 3 is: the older one's steps that read prompts cannot be one graph.
+    elif _has_step_graphs() and not _GRAPHS & given.keys():
         defaults["compilation_config"] = {"cudagraph_mode": "FULL"}
         defaults["cudagraph_capture_sizes"] = _graph_sizes(given.get("max_num_seqs", _REQUESTS))
     if not current_platform.is_cpu() and given.get("kv_cache_memory_bytes") is not None:
@@ -151,11 +150,15 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
     return {**defaults, **given, **of_method}
 
 
+def _has_step_graphs() -> bool:
+    """Whether a step that reads prompts can be one graph, which takes FlashAttention 3, and ``graphs.StepGraphs``."""
+    return current_platform.is_device_capability_family(90) and envs.VLLM_USE_V2_MODEL_RUNNER is not False
+
+
 def _graph_sizes(requests: int) -> list[int]:
     """Of steps, in positions: vLLM's choice, and beside few requests graphs that a prompt fits into."""
     most = min(max(2 * requests, _PROMPT), _LARGEST_GRAPH)
-    sizes = {1, 2, 4, requests, *range(8, 256, 8), *range(256, _LARGEST_GRAPH + 1, 16)}
-    return sorted(size for size in sizes if size <= most)
+    return [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, _LARGEST_GRAPH + 1, 16)) if size <= most]
 
 
 def _started(folder: Path, arguments: Mapping[str, Any]) -> AsyncLLM:
