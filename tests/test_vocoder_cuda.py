@@ -120,6 +120,33 @@ def test_every_tiling_computes_the_real_widths(frames, shared_memory, monkeypatc
 
 
 @needs_triton
+@torch.inference_mode()
+def test_room_that_was_not_to_be_had_is_made_later(monkeypatch):
+    from chatterbox_vllm.vocoder.cuda import graphs
+    from chatterbox_vllm.vocoder.cuda.estimator import PackedEstimator
+
+    if not ON_CARD:
+        without_card(monkeypatch)
+    estimator = PackedEstimator(built().flow.estimator, dtype=torch.float16, device=DEVICE)
+    solver = graphs.GraphSolver(estimator, frames=128)
+
+    def solved(frames: int) -> torch.Tensor:
+        given, speaker = torch.zeros(1, frames, 80, device=DEVICE), torch.zeros(1, 80, device=DEVICE)
+        (row,) = solver.solve(given, given, speaker, given, [frames], 1)
+        return row
+
+    with monkeypatch.context() as short:
+        short.setattr(estimator, "room", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            solved(700)
+    assert solved(40).isfinite().all()
+
+
+def out_of_memory(rows: int) -> None:
+    raise torch.OutOfMemoryError("no room")
+
+
+@needs_triton
 def test_a_graph_serves_every_batch_that_it_has_room_for():
     from chatterbox_vllm.vocoder.cuda.graphs import _size_for
 
@@ -272,7 +299,8 @@ def test_hift_agrees_for_packed_utterances(networks, monkeypatch):
 
 @needs_triton
 @torch.inference_mode()
-def test_an_utterance_that_is_no_number_keeps_it_to_itself(networks, monkeypatch):
+def test_an_utterance_that_is_damaged_keeps_it_to_itself(networks, monkeypatch):
+    """Some of its frames or all are no numbers, or so large that their sums are none."""
     from chatterbox_vllm.vocoder.cuda import hift
 
     if not ON_CARD:
@@ -280,11 +308,14 @@ def test_an_utterance_that_is_no_number_keeps_it_to_itself(networks, monkeypatch
     fused = hift.FusedHift(built().mel2wav, device=DEVICE, pool=None)
     given = stretch([9, 17, 12], networks.mel2wav.m_source.waves)
     expected = [samples.clone() for samples in fused(given)[0]]
-    given.mel[1, 4] = torch.nan
-    first, damaged, last = fused(given)[0]
-    assert damaged.isnan().any()
-    for actual, whole in ((first, expected[0]), (last, expected[2])):
-        assert (actual - whole).abs().max() < 1e-5
+    whole = given.mel[1].clone()
+    for frames, value in ((slice(4, 5), torch.nan), (slice(0, 17), torch.nan), (slice(0, 17), 1e30)):
+        given.mel[1] = whole
+        given.mel[1, frames] = value
+        first, damaged, last = (samples.clone() for samples in fused(given)[0])
+        assert damaged.isnan().any() or value == 1e30
+        for actual, sound in ((first, expected[0]), (last, expected[2])):
+            assert (actual - sound).abs().max() < 1e-5
 
 
 @needs_triton

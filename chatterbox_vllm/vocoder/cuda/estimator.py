@@ -146,9 +146,10 @@ class PackedEstimator:
     @staticmethod
     def fits(estimator: Estimator) -> bool:
         """Whether the kernels can compute networks of this size: a row must be a tile."""
-        skip = estimator.down_blocks[0][0].res_conv
-        width = skip.out_channels
-        return width >= 16 and width & (width - 1) == 0 and skip.in_channels % 16 == 0
+        resnet, blocks, _ = estimator.down_blocks[0]
+        width, inputs = resnet.res_conv.out_channels, resnet.res_conv.in_channels
+        hidden = blocks[0].ff.net["2"].in_features
+        return width >= 16 and width & (width - 1) == 0 and inputs % 16 == 0 and hidden % 16 == 0
 
     @property
     def weights(self) -> list[Any]:

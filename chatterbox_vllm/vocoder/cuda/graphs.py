@@ -117,6 +117,7 @@ class GraphSolver:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._sizes: dict[int, _Size] = {}
         self._room: Room | None = None  # freed before the next one is made
+        self._frames = 0  # should there be no memory for that
         self._room = estimator.room(2 * frames)
         self._inputs = torch.zeros(2 * frames, estimator.inputs, dtype=estimator.dtype, device=self._device)
         self._mel = torch.zeros(frames, estimator.mels, device=self._device)

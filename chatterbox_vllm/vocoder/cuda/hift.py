@@ -34,6 +34,8 @@ _SPECTRA_ROWS: Final = 64
 """Of one program of ``hift_kernels.analyse``."""
 _ELEMENTS: Final = 4096
 """Of one program of ``hift_kernels.activate``."""
+_MOST_CYCLES: Final = 1e6
+"""Of a wave in a frame: far more than a wave of sound, and few enough to be summed up exactly."""
 _LARGEST_CAPTURED: Final = 768
 """Frames. A graph keeps memory of its own, and the time that larger ones take hides the launches."""
 
@@ -99,7 +101,7 @@ class _Packed:
     def clear(self, x: Tensor, rate: int = 1, extra: int = 0) -> Tensor:
         """``Edges.clear``: (1, C, L) of which what is between utterances becomes zero."""
         assert (rate, extra) == (1, 0)
-        return x * (self.place < self.length)
+        return torch.where(self.place < self.length, x, 0.0)  # a product would leave what is not a number
 
     def spectra(self) -> Tensor:
         """(120 L, 1) float32: 1 where an utterance has a spectrum, of which it has one more than hops."""
@@ -280,7 +282,8 @@ class FusedHift:
     def _cycles(self, pitch: Tensor, packed: _Packed) -> Tensor:
         """``cycles_at_frames`` for packed utterances: (waves, L) float64."""
         turned = cycles_per_sample(pitch, self._merge.waves)[0].double() * FRAME_SAMPLES
-        turned = turned.nan_to_num()  # what is wrong with one utterance must not be summed up into the next ones
+        # What is wrong with one utterance must not be summed up into the next ones.
+        turned = torch.where(turned.abs() < _MOST_CYCLES, turned, 0.0)
         gone = turned.cumsum(-1) - turned
         known = packed.cycles.T - gone[:, packed.anchor]
         return gone + known[:, packed.utterance]
