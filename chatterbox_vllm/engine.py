@@ -27,6 +27,7 @@ from chatterbox_vllm.errors import ConfigurationError, EngineDead, EngineError
 from chatterbox_vllm.loading import Setup, Stages, components_of, load, log_applied, settled
 from chatterbox_vllm.parts import Part, speaking, together, vocoded, vocoded_whole
 from chatterbox_vllm.quantization.policy import Policy
+from chatterbox_vllm.t3.generator import STALLED_SECONDS
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.text.tokenise import load_tokenizer
@@ -73,7 +74,7 @@ class AsyncChatterbox:
         self.checkpoint = setup.checkpoint
         self.voices = voices
         self._setup, self._components = setup, components
-        self._t3, self._worker, self._sharing = stages.t3, stages.vocoder, stages.sharing
+        self._stages, self._t3, self._worker = stages, stages.t3, stages.vocoder
         self._frontend = frontend
         self._watermarker = watermarker
         self._schedule = schedule
@@ -181,14 +182,23 @@ class AsyncChatterbox:
         watermarker = await asyncio.to_thread(Watermarker) if watermark else None
         # Beside T3's loading, which leaves this process idle.
         warming = asyncio.ensure_future(asyncio.to_thread(_warm_up, watermarker, voices))
-        loaded, stages = await load(setup, strict=strict_quantization)
-        await warming
-        if loaded.policy != setup.policy:
-            voices = _voices(loaded, voices_dir)
-        setup = loaded
-        # A checkpoint that is quantised already says by which method.
-        setup = replace(setup, policy=replace(setup.policy, t3=stages.t3.method))
-        components = components_of(setup, await stages.t3.footprint(), stages.vocoder.footprints)
+        try:
+            loaded, stages = await load(setup, strict=strict_quantization)
+        except BaseException:
+            warming.cancel()
+            await asyncio.gather(warming, return_exceptions=True)
+            raise
+        try:
+            await warming
+            if loaded.policy != setup.policy:
+                voices = _voices(loaded, voices_dir)
+            setup = loaded
+            # A checkpoint that is quantised already says by which method.
+            setup = replace(setup, policy=replace(setup.policy, t3=stages.t3.method))
+            components = components_of(setup, await stages.t3.footprint(), stages.vocoder.footprints)
+        except BaseException:
+            await stages.end()
+            raise
         log_applied(components)
         return cls(
             setup,
@@ -259,7 +269,9 @@ class AsyncChatterbox:
         if self._stopping:
             reason = "shutting down"
         elif self._t3.dead:
-            reason = "the T3 engine has died; restart the server"
+            reason = "the T3 engine has died"
+        elif self._t3.stalled:
+            reason = f"the T3 engine has made no step for {STALLED_SECONDS:g} s"
         dead = self._t3.dead or not self._worker.is_alive
         return Health(live=not dead, ready=reason is None, reason=reason, active=self._active)
 
@@ -290,7 +302,7 @@ class AsyncChatterbox:
         with self._admitted():
             async with self._speaking(request, incremental=False) as parts:
                 spoken = await together([vocoded_whole(self._worker, part) for part in parts])
-            samples = torch.cat(spoken).numpy()
+            samples = np.concatenate([each.numpy() for each in spoken])
             if not len(samples):
                 raise EngineError(SILENCE)
             return await asyncio.to_thread(self._watermarker, samples) if self._watermarker else samples
@@ -326,9 +338,7 @@ class AsyncChatterbox:
         try:
             await self._t3.abort()
         finally:
-            await asyncio.gather(self._worker.close(drain=False), asyncio.to_thread(self._t3.shutdown))
-            if self._sharing is not None:
-                await asyncio.to_thread(self._sharing.stop)
+            await self._stages.end()
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from threading import Event
 from typing import Any, Final
 
 import torch
@@ -96,6 +97,12 @@ class Stages:
     t3: T3Generator
     vocoder: VocoderPool
     sharing: Mps | None
+
+    async def end(self) -> None:
+        """Fails what is under way and ends all processes."""
+        await asyncio.gather(self.vocoder.close(drain=False), asyncio.to_thread(self.t3.shutdown))
+        if self.sharing is not None:
+            await asyncio.to_thread(self.sharing.stop)
 
 
 def settled(setup: Setup) -> Setup:
@@ -196,7 +203,10 @@ async def _loaded(setup: Setup) -> Stages:
     started = time.perf_counter()
     pool.start()
     logger.info("loading T3 (%s) from %s into vLLM", setup.checkpoint.variant, setup.checkpoint.folder)
-    loading_t3 = asyncio.ensure_future(asyncio.to_thread(launch, setup.checkpoint.t3, **_t3_arguments(setup)))
+    unwanted = Event()
+    loading_t3 = asyncio.ensure_future(
+        asyncio.to_thread(launch, setup.checkpoint.t3, unwanted=unwanted, **_t3_arguments(setup))
+    )
     try:
         t3, _ = await asyncio.gather(asyncio.shield(loading_t3), pool.read())
         await t3.connect()
@@ -206,11 +216,10 @@ async def _loaded(setup: Setup) -> Stages:
         logger.info("T3 is up after %.0f s; the vocoder follows", time.perf_counter() - started)
         await pool.ready()  # not earlier: T3 takes its share of a card's memory, the vocoder sees what is left
     except BaseException:
-        # A thread cannot be stopped: an engine that comes up after all is ended then.
-        loading_t3.add_done_callback(_end_late_engine)
-        await pool.close(drain=False)
+        unwanted.set()
+        await asyncio.shield(asyncio.gather(_no_engine(loading_t3), pool.close(drain=False)))
         if sharing is not None:
-            loading_t3.add_done_callback(lambda _: sharing.stop())
+            await asyncio.to_thread(sharing.stop)
         raise
     logger.info("ready after %.0f s", time.perf_counter() - started)
     return Stages(t3, pool, sharing)
@@ -267,6 +276,8 @@ def log_applied(components: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def _end_late_engine(loading: asyncio.Future[T3Generator]) -> None:
+async def _no_engine(loading: asyncio.Future[T3Generator]) -> None:
+    """Waits until the engine that is loading has failed, or ends it if it is up after all."""
+    await asyncio.wait([loading])
     if not loading.cancelled() and loading.exception() is None:
-        loading.result().shutdown()
+        await asyncio.to_thread(loading.result().shutdown)

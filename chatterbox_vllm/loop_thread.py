@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from chatterbox_vllm.errors import EngineDead
 
 T = TypeVar("T")
+_LAST_SECONDS = 5.0
 
 
 class LoopThread:
@@ -62,6 +63,7 @@ class LoopThread:
                 if last is not None:
                     asyncio.run_coroutine_threadsafe(last, self._loop).result()
             finally:
+                asyncio.run_coroutine_threadsafe(_cancel_the_rest(), self._loop).result()
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join()
                 self._loop.close()
@@ -75,3 +77,12 @@ class LoopThread:
             self._running.add(future)
         future.add_done_callback(self._running.discard)
         return future
+
+
+async def _cancel_the_rest() -> None:
+    """What is left would be destroyed with the loop, and complain."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        await asyncio.wait(rest, timeout=_LAST_SECONDS)

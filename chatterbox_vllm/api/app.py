@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import import_module
@@ -20,7 +21,8 @@ from chatterbox_vllm.api.auth import require_key
 from chatterbox_vllm.api.drain import DrainingServer
 from chatterbox_vllm.api.request_id import RequestId
 from chatterbox_vllm.api.services import Services
-from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.errors import ConfigurationError, EngineDead
+from chatterbox_vllm.quantization.policy import Method
 from chatterbox_vllm.settings import Settings
 
 if TYPE_CHECKING:
@@ -44,6 +46,12 @@ _PASSED_ON: Final = (
     "max_chunk_length",
 )
 """Settings that are arguments of ``AsyncChatterbox.start`` by the same name."""
+_LOOK: Final = 0.2
+"""Seconds between looks whether the engine lives."""
+_SOON: Final = 60.0
+"""Seconds that an engine has to live for its death not to count as one in a row."""
+_DEATHS: Final = 3
+"""In a row, after which the server ends."""
 
 
 def create_app(settings: Settings, engine: AsyncChatterbox | None = None) -> FastAPI:
@@ -54,7 +62,13 @@ def create_app(settings: Settings, engine: AsyncChatterbox | None = None) -> Fas
             the probes answer from the beginning.
     """
     app = FastAPI(
-        title="Chatterbox", version=__version__, lifespan=_lifespan, openapi_url=None, docs_url=None, redoc_url=None
+        title="Chatterbox",
+        version=__version__,
+        lifespan=_lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # it would name the host that the request did, whoever that is
     )
     app.state.services = Services(settings, Admission(settings.max_concurrent_requests), engine)
     app.state.metrics = metrics.Metrics(app.state.services)
@@ -72,7 +86,7 @@ def serve(settings: Settings) -> None:
 
     Raises:
         ConfigurationError: the address cannot be listened on.
-        Exception: what kept the engine from starting.
+        Exception: what kept the engine from starting, or from living.
     """
     log_to_stderr(settings)
     listener = _listen(settings)
@@ -124,26 +138,46 @@ def _schema_of(app: FastAPI) -> Callable[[], Any]:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Starts the app's own engine beside serving and shuts it down at the end."""
+    """Runs the app's own engine beside serving and shuts it down at the end."""
     services: Services = app.state.services
     if services.engine is not None:
         yield
         return
-    starting = asyncio.create_task(_engine(services.settings))
-    starting.add_done_callback(services.engine_started)
+    engines = asyncio.create_task(_engines(services))
+    engines.add_done_callback(services.engines_ended)
     try:
         yield
     finally:
         services.admission.drain()
-        starting.cancel()
-        await asyncio.wait([starting])
-        if not starting.cancelled() and starting.exception() is None:
-            await starting.result().shutdown()
+        engines.cancel()
+        await asyncio.wait([engines])
+
+
+async def _engines(services: Services) -> None:
+    """Starts an engine, and another one when it has died, for as long as the server runs.
+
+    Raises:
+        EngineDead: one after the other died soon.
+        Exception: what kept one from starting.
+    """
+    deaths = 0
+    while deaths < _DEATHS:
+        engine = await _engine(services.settings)
+        services.engine, up = engine, time.monotonic()
+        try:
+            while (health := engine.health()).live:
+                await asyncio.sleep(_LOOK)
+            services.engine = None
+            logger.error("%s; starting the engine again", health.reason)
+        finally:
+            await engine.shutdown()
+        deaths = deaths + 1 if time.monotonic() - up < _SOON else 1
+    raise EngineDead(f"the engine died {deaths} times in a row; what it logged says why")
 
 
 async def _engine(settings: Settings) -> AsyncChatterbox:
     engine = await asyncio.to_thread(import_module, "chatterbox_vllm.engine")  # imports torch and vLLM: seconds
-    if settings.policy.t3.startswith("bnb"):
+    if settings.policy.t3 == Method.BNB_4BIT:
         logger.info("Using bitsandbytes quantization to reduce VRAM consumption")
     started: AsyncChatterbox = await engine.AsyncChatterbox.start(**engine_arguments(settings))
     logger.info("ready to speak")

@@ -32,9 +32,9 @@ class Services:
     """One server's state.
 
     Args:
-        engine: None while it starts, and after its start failed.
-        failure: why its start failed.
-        on_failure: called when it did.
+        engine: None while it starts, be it again, and after it failed.
+        failure: why its start failed, or that it keeps dying.
+        on_failure: called when there is one.
     """
 
     settings: Settings
@@ -44,19 +44,15 @@ class Services:
     on_failure: Callable[[], None] = lambda: None
     started: float = field(default_factory=time.time)
 
-    def engine_started(self, start: asyncio.Task[AsyncChatterbox]) -> None:
-        """Takes the engine, or what kept it from starting, from a finished task."""
-        if start.cancelled():
-            return
-        self.failure = start.exception()
-        if self.failure is None:
-            self.engine = start.result()
-        else:
+    def engines_ended(self, engines: asyncio.Task[None]) -> None:
+        """Takes what kept the engine from starting, or from living, from a finished task."""
+        if not engines.cancelled() and (failure := engines.exception()) is not None:
+            self.failure, self.engine = failure, None
             self.on_failure()
 
     def state(self) -> State:
         if self.failure is not None:
-            return State("failed", False, False, "the engine could not start")
+            return State("failed", False, False, "the engine could not start, or does not stay alive")
         if self.engine is None:
             return State("starting", True, False, "the engine is starting")
         health = self.engine.health()

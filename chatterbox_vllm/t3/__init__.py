@@ -16,7 +16,9 @@ def register() -> None:
     from vllm import ModelRegistry
 
     from chatterbox_vllm.t3.config import T3Config
+    from chatterbox_vllm.t3.orphans import end_with_parent
 
     AutoConfig.register(T3Config.model_type, T3Config, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "chatterbox_vllm.t3.model:ChatterboxT3")
+    end_with_parent()

@@ -6,12 +6,14 @@ import asyncio
 import atexit
 import itertools
 import logging
+import time
 import weakref
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
+from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -26,6 +28,10 @@ from chatterbox_vllm.types import STOP_SPEECH, SpeechOptions, VoiceFeatures
 
 logger = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 10.0
+STALLED_SECONDS = 120.0 if current_platform.is_cpu() else 10.0
+"""Without a step, though there is work, after which T3 counts as stalled. On a CPU, a step may read prompts that long."""
+_ANSWER_SECONDS = 30.0
+"""In which a worker answers; it does so between two steps."""
 
 
 class T3Generator:
@@ -45,6 +51,9 @@ class T3Generator:
         self._conditioner = conditioner
         self._closed = False
         self._names = (f"t3-{i}" for i in itertools.count())
+        self._stepped = time.monotonic()
+        self._processed = llm.output_processor.process_outputs
+        llm.output_processor.process_outputs = self._step
         self.max_model_len: int = llm.vllm_config.model_config.max_model_len
         atexit.register(_end, weakref.ref(self))
 
@@ -61,6 +70,18 @@ class T3Generator:
     def dead(self) -> bool:
         return self._closed or self._llm.errored
 
+    def _step(self, *outputs: Any, **more: Any) -> Any:
+        """What vLLM does with each step's outputs. Whole files come with the last one, so they tell of no progress."""
+        self._stepped = time.monotonic()
+        return self._processed(*outputs, **more)
+
+    @property
+    def stalled(self) -> bool:
+        """There is work, and for ``STALLED_SECONDS`` there was no step."""
+        if not self.unfinished:
+            return False
+        return time.monotonic() - self._stepped > STALLED_SECONDS
+
     @property
     def unfinished(self) -> int:
         """Requests vLLM still works on; 0 when nothing leaked."""
@@ -75,17 +96,21 @@ class T3Generator:
 
         Raises:
             EngineDead: the engine has died.
+            EngineError: it does not answer.
         """
         try:
-            return await self._llm.collective_rpc(method, args=arguments)
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                return await self._llm.collective_rpc(method, args=arguments)
         except EngineDeadError as error:
-            raise EngineDead("the T3 engine has died; restart the server") from error
+            raise EngineDead("the T3 engine has died") from error
+        except TimeoutError as error:
+            raise EngineError(f"the T3 engine has not answered for {_ANSWER_SECONDS:g} s") from error
 
     async def footprint(self) -> T3Footprint:
         """What T3 takes at this moment, measured in the engine's processes.
 
         Raises:
-            EngineDead: the engine has died.
+            EngineDead, EngineError: see ``call``.
         """
         ranks = await self.call("t3_footprint")
         first, *others = (T3Footprint(**rank) for rank in ranks)
@@ -131,6 +156,8 @@ class T3Generator:
         prompt = engine_input(tokens, prefix, weight_steps(options.cfg_weight), key)
         params = sampling_params(options, max_tokens=min(options.max_tokens, room), incremental=incremental)
         params.min_tokens = min(min_tokens, params.max_tokens)
+        if not self.unfinished:
+            self._stepped = time.monotonic()
         outputs = self._llm.generate(prompt, params, next(self._names))
         try:
             async for output in outputs:
@@ -142,7 +169,7 @@ class T3Generator:
                 if output.finished:
                     self._check_end(output.outputs[0].finish_reason, room, options)
         except EngineDeadError as error:
-            raise EngineDead("the T3 engine has died; restart the server") from error
+            raise EngineDead("the T3 engine has died") from error
         except EngineGenerateError as error:
             raise EngineError(f"the T3 engine failed on this request: {error.__cause__}") from error
         except VLLMClientError as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +34,7 @@ from chatterbox_vllm.t3.conversion import converted
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.methods import CONVERTED, effective_method, method_arguments
+from chatterbox_vllm.t3.orphans import CORE
 from chatterbox_vllm.t3.prompt import OVERHEAD
 from chatterbox_vllm.t3.worker import EXTENSION
 from chatterbox_vllm.types import MAX_MODEL_LEN
@@ -62,6 +64,8 @@ _CPU_BLOCK = 128
 
 _LAUNCHING = Lock()
 """What ``launch`` changes while vLLM starts its processes belongs to this whole process."""
+_LOOK = 0.1
+"""Seconds between looks for a process that is not wanted any more."""
 
 
 def launch(
@@ -72,6 +76,7 @@ def launch(
     method: str = Method.NONE,
     extension: str = EXTENSION,
     environment: Mapping[str, str] = MappingProxyType({}),
+    unwanted: Event | None = None,
     **engine_args: Any,
 ) -> T3Generator:
     """Loads T3 into a new vLLM engine; takes from seconds to minutes.
@@ -83,6 +88,7 @@ def launch(
         method: how the linear layers are quantised (``methods``), or a name of vLLM's own for its ``quantization``.
         extension: vLLM's ``worker_extension_cls``, a subclass of ``worker.WorkerExtension``.
         environment: variables of the engine's processes, unless they are set already.
+        unwanted: once it is set, an engine that is still starting is ended, which fails as if it had not come up.
         engine_args: any other ``vllm.AsyncEngineArgs``.
 
     Raises:
@@ -103,7 +109,8 @@ def launch(
     folder = model_folder(loaded, config, cache)
     logging.getLogger("vllm").setLevel(_log_level())
     with _LAUNCHING, _environment(_worker_environment(environment)), _main_module_hidden(), _interrupts_blocked():
-        llm = _started(folder, arguments)
+        with _ended_if(unwanted or Event()):
+            llm = _started(folder, arguments)
     conditioner = VoiceConditioner(_conditioning_tensors(weights), dtype=llm.vllm_config.model_config.dtype)
     return T3Generator(llm, config, conditioner, method=method)
 
@@ -159,6 +166,28 @@ def _graph_sizes(requests: int) -> list[int]:
     """Of steps, in positions: vLLM's choice, and beside few requests graphs that a prompt fits into."""
     most = min(max(2 * requests, _PROMPT), _LARGEST_GRAPH)
     return [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, _LARGEST_GRAPH + 1, 16)) if size <= most]
+
+
+@contextmanager
+def _ended_if(unwanted: Event) -> Iterator[None]:
+    """Inside, an engine that is being started ends once ``unwanted`` is set: vLLM waits for it, and cannot be told."""
+    others = {child.pid for child in multiprocessing.active_children()}
+    over = Event()
+
+    def look() -> None:
+        while not over.wait(_LOOK):
+            if unwanted.is_set():
+                for child in multiprocessing.active_children():
+                    if child.name.startswith(CORE) and child.pid not in others:
+                        child.kill()
+
+    looking = Thread(target=look, name="unwanted", daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        over.set()
+        looking.join()
 
 
 def _started(folder: Path, arguments: Mapping[str, Any]) -> AsyncLLM:

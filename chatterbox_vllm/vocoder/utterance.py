@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -174,10 +175,15 @@ class Step:
         Raises:
             EngineError: it is no sound; the utterance has not changed.
         """
-        if not said.samples.isfinite().all():
+        # NumPy's, here and below: torch would share out so much among all the threads that it has, and this is an event
+        # loop's, which waits until the last of them has had its turn on a busy machine.
+        if not np.isfinite(said.samples.numpy()).all():
             raise EngineError("the vocoder computed samples that are not numbers; this request's voice may be damaged")
         utterance = self.utterance
-        utterance.mel = said.mel if utterance.mel is None else torch.cat([utterance.mel, said.mel])
+        if utterance.mel is not None:
+            utterance.mel = torch.from_numpy(np.concatenate([utterance.mel.numpy(), said.mel.numpy()]))
+        else:
+            utterance.mel = said.mel
         utterance.released = self.released
         utterance.cycles, utterance.cycles_frame = said.cycles, self.cycles_frame
         self.take()

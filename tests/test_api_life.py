@@ -1,0 +1,46 @@
+"""A server whose engine dies, with the fake engine; ``test_server_process`` kills a real one."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from chatterbox_vllm.api import app
+from chatterbox_vllm.errors import EngineDead
+from chatterbox_vllm.settings import Settings
+from tests.fake_engine import FakeChatterbox, running, wait_for
+
+GOOD = {"model": "chatterbox", "input": "Hello.", "response_format": "pcm"}
+
+
+def test_a_dead_engine_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[FakeChatterbox] = []
+
+    async def start(_settings: Settings) -> FakeChatterbox:
+        engines.append(FakeChatterbox())
+        return engines[-1]
+
+    monkeypatch.setattr(app, "_engine", start)
+    with running(None) as server, httpx.Client(base_url=server.url) as client:
+        wait_for(lambda: client.get("/ready").status_code == 200)
+        engines[0].dead = True
+        assert client.get("/ready").status_code == 503
+        wait_for(lambda: client.get("/ready").status_code == 200)
+        assert client.post("/v1/audio/speech", json=GOOD).status_code == 200
+        assert len(engines) == 2
+        assert server.services.engine is engines[1]
+    assert all(engine.dead for engine in engines)
+
+
+def test_a_server_whose_engines_keep_dying_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines: list[FakeChatterbox] = []
+
+    async def start(_settings: Settings) -> FakeChatterbox:
+        engines.append(FakeChatterbox())
+        engines[-1].dead = True
+        return engines[-1]
+
+    monkeypatch.setattr(app, "_engine", start)
+    with pytest.raises(EngineDead, match="died 3 times in a row"):
+        app.serve(Settings(port=0))
+    assert len(engines) == 3
