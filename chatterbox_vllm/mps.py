@@ -7,6 +7,7 @@ milliseconds, even where both together would not fill the card.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from chatterbox_vllm.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
 
 CONTROL: Final = "nvidia-cuda-mps-control"
 _SECONDS: Final = 20.0
@@ -40,29 +43,29 @@ class Mps:
         self._folder: Path | None = Path(tempfile.mkdtemp(prefix="chatterbox-mps-"))
         for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
             os.environ[name] = str(self._folder)
-        reply = self._run("-d")
-        if reply.returncode != 0:
+        if trouble := self._run("-d"):
             self._remove()
-            reason = (reply.stderr or reply.stdout).strip() or f"exit status {reply.returncode}"
-            raise ConfigurationError(f"mps could not be started: {CONTROL} says: {reason}", param="mps")
+            raise ConfigurationError(f"mps could not be started: {trouble}; leave mps out, or mend that", param="mps")
         atexit.register(self.stop)
 
     def stop(self) -> None:
         """Ends the daemon, once the processes that use it are gone. May be called again."""
         if self._folder is not None:
-            self._run(text="quit\n")
+            if trouble := self._run(text="quit\n"):
+                logger.warning("mps could not be ended: %s", trouble)
             self._remove()
 
-    def _run(self, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [self._program, *arguments],
-            input=text,
-            stdin=subprocess.DEVNULL if text is None else None,
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
+    def _run(self, *arguments: str, text: str = "") -> str | None:
+        """Hands ``text`` to the program; returns what went wrong, if anything did."""
+        try:
+            reply = subprocess.run(
+                [self._program, *arguments], input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"{CONTROL} did not answer within {_SECONDS:g} s"
+        if reply.returncode == 0:
+            return None
+        return f"{CONTROL} says: {(reply.stderr or reply.stdout).strip() or f'exit status {reply.returncode}'}"
 
     def _remove(self) -> None:
         assert self._folder is not None

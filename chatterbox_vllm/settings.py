@@ -14,6 +14,7 @@ names where it came from, the value and what is allowed. An empty variable count
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -22,11 +23,20 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, get_args, get_origin
 
 import annotated_types
-from dotenv import dotenv_values
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, TypeAdapter, ValidationError
+from dotenv.parser import Binding, parse_stream
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from chatterbox_vllm.errors import ConfigurationError
@@ -87,6 +97,8 @@ _SWITCHES: Final = frozenset(
 )
 _METHOD_OF: Final = frozenset({"use_quantization", "quantize_s3gen", "quantize_voice_encoder"})
 """The switches to which ``quantization_method`` belongs."""
+_CHUNK_SIZES: Final = ("first_chunk_tokens", "largest_chunk_tokens")
+"""The two settings that are checked against each other."""
 
 
 def _json_object(value: Any) -> Any:
@@ -104,7 +116,11 @@ VariantName = Literal["english", "multilingual", "multilingual-v3"]
 PresetName = Literal["ultra-low-vram", "low-vram", "medium-vram", "high-vram"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-MethodName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+Text = Annotated[str, Field(min_length=1), annotated_types.doc("text, not empty")]
+LanguageCode = Annotated[str, Field(pattern="^[a-z]{2}$"), annotated_types.doc("two small letters, as en")]
+MethodName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9_\-]+$"), annotated_types.doc("a name of letters, digits, _ and -")
+]
 StrategyName = Literal["none", "conservative", "mixed", "aggressive", "auto"]
 
 
@@ -113,15 +129,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    model: str = Field(
+    model: Text = Field(
         "english",
-        min_length=1,
         description="english, multilingual, multilingual-v3, demo, demo-multilingual, a folder, or org/repo on the hub",
     )
     variant: VariantName | None = Field(None, description="what a folder or repository holds; found out if unset")
     preset: PresetName | None = Field(None, description="a set of defaults for a size of GPU memory")
 
-    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 serves the whole network")
+    host: Text = Field("127.0.0.1", description="address to listen on; 0.0.0.0 serves the whole network")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     api_key: SecretStr | None = Field(None, description="if set, all routes but the probes need it as a bearer token")
     log_level: LogLevel = Field("info", description="least severe messages to log")
@@ -138,11 +153,9 @@ class Settings(BaseModel):
     )
     gpu_memory_utilization: float = Field(0.5, ge=0.01, le=1, description="share of the GPU's memory that T3 may take")
     dtype: Dtype = Field("auto", description="T3's number format; auto is the engine's choice for the device")
-    device: str = Field(
-        "auto", min_length=1, description="auto, cuda or cpu; the start script installs vLLM's build for it"
-    )
-    vocoder_device: str | None = Field(
-        None, min_length=1, description="another device for the vocoder; several, as cuda:0,cuda:1, are a worker each"
+    device: Text = Field("auto", description="auto, cuda or cpu; the start script installs vLLM's build for it")
+    vocoder_device: Text | None = Field(
+        None, description="another device for the vocoder; several, as cuda:0,cuda:1, are a worker each"
     )
     vocoder_process: bool | None = Field(
         None,
@@ -186,7 +199,7 @@ class Settings(BaseModel):
     repetition_penalty: float = _option("repetition_penalty", "default penalty for tokens already spoken; 1 is none")
     max_tokens: int = _option("max_tokens", "default limit of an utterance, in speech tokens")
     diffusion_steps: int = _option("diffusion_steps", "default steps of the vocoder's flow")
-    language: str = Field("en", pattern="^[a-z]{2}$", description="language of multilingual requests that name none")
+    language: LanguageCode = Field("en", description="language of multilingual requests that name none")
 
     max_chunk_length: int = Field(
         300, ge=CHUNK_LENGTHS[0], le=CHUNK_LENGTHS[1], description="longer text is split at sentence ends (characters)"
@@ -215,6 +228,13 @@ class Settings(BaseModel):
         60.0, gt=0, le=3600, description="seconds a client may take no more of its audio"
     )
     drain_timeout: float = Field(30.0, ge=0, le=3600, description="seconds for requests in hand after SIGTERM")
+
+    @model_validator(mode="after")
+    def _first_chunk_fits(self) -> Self:
+        if self.first_chunk_tokens > self.largest_chunk_tokens:
+            both = " is more than ".join(f"{name}={getattr(self, name)}" for name in _CHUNK_SIZES)
+            raise ValueError(f"{both}; lower the one or raise the other")
+        return self
 
     @property
     def options(self) -> SpeechOptions:
@@ -265,12 +285,12 @@ def load(
         env_file: path of the .env file; absent is fine, None reads none.
 
     Raises:
-        ConfigurationError: a value is unusable, or two spellings of one setting disagree.
+        ConfigurationError: a value or a line of the .env file is unusable, or two spellings of one setting disagree.
     """
-    written = dotenv_values(env_file, interpolate=False) if env_file is not None else {}
+    written = _written(Path(env_file)) if env_file is not None else {}
     layers = [
         {name: _Value(value, f"config.py: {name}") for name, value in (deployment or {}).items() if value is not None},
-        _from_variables({key: value for key, value in written.items() if value}, f"{env_file}: "),
+        _from_variables(written, f"{env_file}: "),
         _from_variables(os.environ if environment is None else environment, ""),
         {name: _Value(value, flag(name)) for name, value in (flags or {}).items() if value is not None},
     ]
@@ -317,7 +337,10 @@ def allowed(field: FieldInfo) -> str:
         return "true or false"
     if int in kinds or float in kinds:
         return ("an integer" if int in kinds else "a number") + _range(field)
-    return "a path" if Path in kinds else "text"
+    if Path in kinds:
+        return "a path"
+    told = [rule.documentation for rule in (*field.metadata, *kinds) if isinstance(rule, annotated_types.DocInfo)]
+    return told[0] if told else "text"
 
 
 def default_text(field: FieldInfo) -> str:
@@ -365,6 +388,36 @@ _Layer = Mapping[str, _Value]
 def _merged(layers: Iterable[_Layer]) -> dict[str, _Value]:
     """Later layers win."""
     return {name: value for layer in layers for name, value in layer.items()}
+
+
+def _written(env_file: Path) -> dict[str, str]:
+    """The variables of a .env file that have a value. Nothing is expanded in them."""
+    try:
+        text = env_file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{env_file} is not in UTF-8; save it as that") from error
+    except OSError as error:
+        raise ConfigurationError(
+            f"{env_file} cannot be read ({error.strerror}); let it be a readable file, or absent"
+        ) from error
+    bindings = list(parse_stream(io.StringIO(text)))
+    for binding in bindings:
+        if _is_broken(binding):  # which is not shown: it may hold the key
+            statement = binding.original.string
+            blank = statement[: len(statement) - len(statement.lstrip())].count("\n")
+            raise ConfigurationError(
+                f"{env_file}, line {binding.original.line + blank}: is not NAME=value, or a quote in it has no end; "
+                "mend it, or make it a comment with #"
+            )
+    values = {binding.key: binding.value for binding in bindings}  # of a name that is there twice, the last
+    return {key: value for key, value in values.items() if key and value}
+
+
+def _is_broken(binding: Binding) -> bool:
+    """Whether a statement says nothing; a bare name does so only where it is one of ours, as in ``NAME:value``."""
+    return binding.error or (binding.value is None and (binding.key or "").startswith(PREFIX))
 
 
 def _from_variables(source: Mapping[str, str], place: str) -> _Layer:
@@ -429,7 +482,7 @@ def _preset(chosen: _Layer) -> dict[str, _Value]:
     preset = chosen.get("preset")
     if preset is None:
         return {}
-    table = dict(PRESETS.get(preset.value, {}))
+    table = dict(PRESETS.get(str(preset.value), {}))
     if ("device" in chosen and chosen["device"].value == "cpu") or not _has_nvidia_gpu():
         for name in (*SPELLINGS, "vram_budget"):
             table.pop(name, None)
@@ -455,7 +508,12 @@ def _build(chosen: _Layer) -> Settings:
     try:
         return Settings.model_validate({name: given.value for name, given in chosen.items()})
     except ValidationError as error:
-        names = dict.fromkeys(str(problem["loc"][0]) for problem in error.errors(include_url=False))
+        problems = error.errors(include_url=False)
+        names = dict.fromkeys(str(problem["loc"][0]) for problem in problems if problem["loc"])
+        if not names:
+            origins = [chosen[name].origin for name in _CHUNK_SIZES if name in chosen]
+            told = f"{' and '.join(origins)}: {problems[0]['ctx']['error']}"
+            raise ConfigurationError(told, param=origins[0]) from None
         lines = [_complaint(name, chosen[name]) for name in names]
         raise ConfigurationError("\n".join(lines), param=chosen[next(iter(names))].origin) from None
 

@@ -17,7 +17,7 @@ import pytest
 from chatterbox_vllm.api.schemas import Format
 from chatterbox_vllm.audio.encode import FORMATS
 from chatterbox_vllm.errors import EngineDead, MissingDependency, Overloaded
-from tests.fake_engine import PIECE, FakeChatterbox, Running, base64_of, running, wav
+from tests.fake_engine import PIECE, FakeChatterbox, Running, base64_of, running, wait_for, wav
 
 GOOD = {"input": "Hello there.", "seed": 7, "response_format": "pcm"}
 
@@ -102,6 +102,17 @@ def test_speed_changes_the_length(client: httpx.Client, streamed: bool) -> None:
     assert 0.4 < len(fast.content) / len(plain.content) < 0.6
 
 
+@pytest.mark.parametrize("name", ["pcm", "mp3", "wav", "flac"])
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"stream_format": "sse"}])
+def test_a_sound_of_which_speed_leaves_nothing_is_no_answer(name: str, fields: dict[str, Any]) -> None:
+    engine = FakeChatterbox()
+    engine.sound = lambda _: [np.full(960, 0.1, np.float32)]  # type: ignore[method-assign]
+    with running(engine) as started, httpx.Client(base_url=started.url) as client:
+        response = speak(client, speed=4.0, response_format=name, **fields)
+        assert (response.status_code, error_of(response)["code"]) == (500, "internal_error")
+        assert speak(client, response_format=name, **fields).status_code == 200
+
+
 @pytest.mark.parametrize("name", ["pcm", "mp3", "wav"])
 def test_events_carry_the_streamed_file(client: httpx.Client, name: str) -> None:
     response = speak(client, response_format=name, stream_format="sse")
@@ -178,6 +189,8 @@ BAD_INPUT: dict[str, tuple[Any, int, str | None]] = {
     "no steps": ({**GOOD, "diffusion_steps": 0}, 400, "diffusion_steps"),
     "too many tokens": ({**GOOD, "max_new_tokens": 100_000}, 400, "max_new_tokens"),
     "two limits": ({**GOOD, "max_tokens": 5, "max_new_tokens": 6}, 400, "max_new_tokens"),
+    "empty language": ({**GOOD, "language": ""}, 400, "language"),
+    "unknown language": ({**GOOD, "language_id": "xx"}, 400, "language_id"),
     "two languages": ({**GOOD, "language": "en", "language_id": "fr"}, 400, "language"),
     "model is a number": ({**GOOD, "model": 1}, 400, "model"),
     "NaN": (b'{"input":"hi","temperature":NaN}', 400, "temperature"),
@@ -219,7 +232,14 @@ def test_bad_input_is_refused_by_name_and_does_no_harm(client: httpx.Client, ser
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert len(error["message"]) < 500
     assert speak(client).status_code == 200
-    assert server.services.admission.active == server.engine.active == 0
+    wait_for(lambda: server.services.admission.active == server.engine.active == 0)
+
+
+@pytest.mark.parametrize("field", ["language", "language_id"])
+def test_a_message_names_the_language_as_the_request_does(client: httpx.Client, field: str) -> None:
+    error = error_of(speak(client, **{field: ""}))
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field} must be one of ar, da, ")
 
 
 def test_a_body_that_grows_too_large_is_cut_short(client: httpx.Client) -> None:
@@ -246,6 +266,8 @@ def test_only_json_is_read(client: httpx.Client) -> None:
         ("GET", "/v1/test", 404, "unknown_url"),
         ("GET", "/v1/readyz", 404, "unknown_url"),
         ("GET", "/v1/audio/speech", 405, "method_not_allowed"),
+        ("POST", "/v1/audio/speech/", 404, "unknown_url"),
+        ("GET", "/v1/models/", 404, "unknown_url"),
         ("POST", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1/models/nothing", 404, "model_not_found"),
         ("GET", "/v1/audio/voices?legacy=perhaps", 400, "invalid_value"),
@@ -342,6 +364,14 @@ def test_a_key_guards_every_route_but_the_probes() -> None:
         assert client.post("/v1/audio/speech", json=GOOD, headers=bearer("s3cret")).status_code == 200
 
 
+@pytest.mark.parametrize("key", ["pässwörd", "voilà", "密钥"])
+def test_a_key_may_have_letters_of_any_alphabet(key: str) -> None:
+    with running(FakeChatterbox(), api_key=key) as started, httpx.Client(base_url=started.url) as client:
+        for sent, status in ((key, 200), (key[:-1], 401), (key + "é", 401)):
+            headers = {b"authorization": b"Bearer " + sent.encode()}
+            assert client.get("/v1/models", headers=headers).status_code == status
+
+
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
@@ -355,6 +385,7 @@ def test_the_probes_tell_life_from_readiness() -> None:
         assert [client.get(path).status_code for path in ("/live", "/ready", "/health")] == [200, 200, 200]
         started.services.admission.drain()
         assert [client.get(path).status_code for path in ("/live", "/ready", "/health")] == [200, 503, 503]
+        assert [client.head(path).status_code for path in ("/live", "/ready", "/health")] == [200, 503, 503]
         assert client.get("/health").json()["status"] == "draining"
         started.engine.dead = True
         assert [client.get(path).status_code for path in ("/live", "/ready", "/health")] == [503, 503, 503]

@@ -274,6 +274,24 @@ def test_a_second_signal_cuts_what_is_in_hand_but_not_an_echo_of_the_first(monke
     assert server.engine.aborted == 1
 
 
+def test_a_request_whose_body_still_arrives_when_the_drain_begins_is_finished() -> None:
+    content = json.dumps(GOOD).encode()
+    with (
+        running(FakeChatterbox(), max_concurrent_requests=1) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
+    ):
+        head = f"POST /v1/audio/speech HTTP/1.1\r\n{HEADERS}Content-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content[:-1])
+        wait_for(lambda: server.services.admission.active == 1)
+        assert httpx.post(f"{server.url}/v1/audio/speech", json=GOOD).status_code == 429
+        server.server.handle_exit(signal.SIGTERM, None)
+        connection.sendall(content[-1:])
+        received = everything(connection)
+    assert received.startswith(b"HTTP/1.1 200")
+    assert len(received.partition(b"\r\n\r\n")[2]) == 2 * 4 * PIECE
+    assert server.services.admission.active == 0
+
+
 @pytest.mark.parametrize("fields", [{}, {"stream": True}])
 def test_requests_that_the_drain_cuts_before_their_first_sound_get_503(fields: dict[str, Any]) -> None:
     with (

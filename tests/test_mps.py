@@ -7,20 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from chatterbox_vllm import mps as module
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.mps import CONTROL, Mps
 
 
 @pytest.fixture
 def control(tmp_path: Path, monkeypatch):
-    """Writes down how it is called; ``says`` makes it fail."""
+    """Writes down how it is called; ``says`` makes it fail, and it takes ``seconds``."""
     for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
         monkeypatch.setenv(name, "before")
     program = tmp_path / CONTROL
 
-    def make(says: str = "") -> Path:
+    def make(says: str = "", seconds: float = 0) -> Path:
         log = tmp_path / "calls"
-        failure = f"echo {says} >&2; exit 1" if says else "exit 0"
+        failure = f"echo {says} >&2; exit 1" if says else f"exec sleep {seconds}"
         program.write_text(f'#!/bin/sh\necho "$1 $CUDA_MPS_PIPE_DIRECTORY $(cat)" >> {log}\n{failure}\n')
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -45,6 +46,28 @@ def test_a_daemon_that_does_not_start_says_why(control):
     with pytest.raises(ConfigurationError, match="no permission") as caught:
         Mps()
     assert caught.value.param == "mps"
+
+
+def test_a_daemon_that_does_not_answer_is_given_up(control, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS", 0.2)
+    control(seconds=10)
+    with pytest.raises(
+        ConfigurationError, match=r"mps could not be started: .* did not answer within 0\.2 s"
+    ) as caught:
+        Mps()
+    assert caught.value.param == "mps"
+    assert not Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"]).exists()
+
+
+@pytest.mark.parametrize("fault", [{"seconds": 10}, {"says": "busy"}])
+def test_a_daemon_that_does_not_end_keeps_nobody_from_ending(control, monkeypatch, caplog, fault):
+    control()
+    mps = Mps()
+    monkeypatch.setattr(module, "_SECONDS", 0.2)
+    control(**fault)
+    mps.stop()
+    assert "mps could not be ended" in caplog.text
+    assert not Path(os.environ["CUDA_MPS_PIPE_DIRECTORY"]).exists()
 
 
 def test_no_driver_no_mps(monkeypatch, tmp_path):

@@ -427,7 +427,7 @@ def test_200_requests_of_which_a_third_is_cut_leave_nothing(server: Server) -> N
     assert server.sound(diffusion_steps=2) == whole
 
 
-# the engine's death; nothing can be spoken after it
+# the engine's death; another one is starting after it
 
 
 def test_the_engine_s_death_is_told_to_everyone(server: Server) -> None:
@@ -450,7 +450,7 @@ def test_the_engine_s_death_is_told_to_everyone(server: Server) -> None:
         killed = time.monotonic()
         for process in server.processes:
             process.kill()
-        wait_for(lambda: server.status("/live") == server.status("/ready") == 503, seconds=3)
+        wait_for(lambda: server.status("/ready") == 503, seconds=3)
         refused = server.speak()
         answers = [made.result() for made in clients]
     assert (refused.status_code, error_of(refused)["code"]) == (503, "engine_unavailable")
@@ -458,4 +458,4 @@ def test_the_engine_s_death_is_told_to_everyone(server: Server) -> None:
     assert 0 in {status for status, _ in answers}
     assert max(ended for _, ended in answers) - killed < 5
     wait_for(lambda: not any(map(is_alive, server.processes)), seconds=10)
-    assert server.running.services.admission.active == server.engine.health().active == 0
+    assert server.running.services.admission.active == 0

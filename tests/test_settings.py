@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dotenv import dotenv_values
 
 import config
 from chatterbox_vllm import settings as module
@@ -143,6 +144,19 @@ def test_a_higher_source_decides_about_quantisation() -> None:
         ),
         ({"CHATTERBOX_ENGINE_ARGS": "{"}, "CHATTERBOX_ENGINE_ARGS={: must be a JSON object"),
         ({"CHATTERBOX_ENGINE_ARGS": "[1]"}, "CHATTERBOX_ENGINE_ARGS=[1]: must be a JSON object"),
+        ({"CHATTERBOX_LANGUAGE": "english"}, "CHATTERBOX_LANGUAGE=english: must be two small letters, as en"),
+        (
+            {"CHATTERBOX_QUANTIZATION": "bnb 4bit"},
+            "CHATTERBOX_QUANTIZATION=bnb 4bit: must be a name of letters, digits, _ and -",
+        ),
+        (
+            {"CHATTERBOX_FIRST_CHUNK_TOKENS": "300"},
+            "CHATTERBOX_FIRST_CHUNK_TOKENS: first_chunk_tokens=300 is more than largest_chunk_tokens=240; lower the",
+        ),
+        (
+            {"CHATTERBOX_LARGEST_CHUNK_TOKENS": "20"},
+            "CHATTERBOX_LARGEST_CHUNK_TOKENS: first_chunk_tokens=26 is more than largest_chunk_tokens=20; lower the",
+        ),
         (
             {"CHATTERBOX_CFG_SCALE": "0.3", "CHATTERBOX_CFG_WEIGHT": "0.4"},
             "CHATTERBOX_CFG_WEIGHT=0.4 and CHATTERBOX_CFG_SCALE=0.3 mean the same setting and disagree; keep one",
@@ -188,6 +202,58 @@ def test_errors_name_their_source(env_file: Path) -> None:
         loaded(deployment={"top_p": 2})
     with pytest.raises(ConfigurationError, match=r"config\.py: prot"):
         loaded(deployment={"prot": 80})
+    with pytest.raises(ConfigurationError, match=r"^config\.py: preset=\['a'\]: must be one of ultra-low-vram"):
+        loaded(deployment={"preset": ["a"]})
+    with pytest.raises(ConfigurationError, match=r"^--host=: must be text, not empty$"):
+        loaded({"host": ""})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "CHATTERBOX_API_KEY='s3cret",
+        'CHATTERBOX_API_KEY="s3cret',
+        "CHATTERBOX_API_KEY: s3cret",
+        "CHATTERBOX_API_KEY:s3cret",
+        "CHATTERBOX_API_KEY s3cret",
+        "export CHATTERBOX_API_KEY",
+    ],
+)
+def test_a_line_of_the_file_that_says_nothing_is_refused_and_not_shown(env_file: Path, line: str) -> None:
+    env_file.write_text(f"# ours\n\nCHATTERBOX_PORT=1\n\n{line}\nCHATTERBOX_DEBUG=true\n")
+    with pytest.raises(ConfigurationError) as caught:
+        loaded(env_file=env_file)
+    assert str(caught.value).startswith(f"{env_file}, line 5: is not NAME=value, or a quote in it has no end; ")
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(env_file: Path) -> None:
+    env_file.write_bytes("CHATTERBOX_API_KEY=clé".encode("latin-1"))
+    with pytest.raises(ConfigurationError, match=r"\.env is not in UTF-8"):
+        loaded(env_file=env_file)
+    env_file.unlink()
+    env_file.mkdir()
+    with pytest.raises(ConfigurationError, match=r"\.env cannot be read \(Is a directory\)"):
+        loaded(env_file=env_file)
+
+
+def test_what_a_file_may_look_like(env_file: Path) -> None:
+    lines = [
+        "\ufeffCHATTERBOX_API_KEY='s3 $cret # all of it'  # a comment",
+        "",
+        "export CHATTERBOX_PORT = 1",
+        'CHATTERBOX_MODEL="a folder"',
+        "CHATTERBOX_DEBUG=true # said twice",
+        "CHATTERBOX_DEBUG=",
+        "CHATTERBOX_VOICES_DIR=$HOME/voices",
+        "SOMEBODY_ELSE_S",
+    ]
+    env_file.write_bytes("\r\n".join(lines).encode())
+    settings = loaded(env_file=env_file)
+    assert settings.api_key is not None
+    assert settings.api_key.get_secret_value() == "s3 $cret # all of it"
+    assert (settings.port, settings.model, settings.debug) == (1, "a folder", False)
+    assert settings.voices_dir == Path("$HOME/voices")
 
 
 def test_two_wrong_values_are_two_lines() -> None:
@@ -281,6 +347,15 @@ def test_the_example_is_what_the_settings_say() -> None:
 def test_the_example_uncommented_is_the_defaults(env_file: Path) -> None:
     env_file.write_text("\n".join(line[1:] for line in example().splitlines() if line.startswith("#CHATTERBOX_")))
     assert loaded(env_file=env_file) == loaded()
+
+
+def test_the_container_s_example_is_an_environment(caplog: pytest.LogCaptureFixture) -> None:
+    environment = {key: value or "" for key, value in dotenv_values(ROOT / ".env.example.docker").items()}
+    with caplog.at_level(logging.WARNING):
+        assert loaded(environment=environment).host == "0.0.0.0"
+    assert caplog.text == ""
+    kept = ("HF_HOME", "CHATTERBOX_CACHE_DIR", "CHATTERBOX_VOICES_DIR")
+    assert all(environment[name].startswith("/data/") for name in kept)
 
 
 def test_config_py_has_the_promised_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

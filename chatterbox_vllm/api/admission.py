@@ -24,8 +24,9 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def check(self) -> None:
-        """Raises what ``slot`` would raise now, so that a request can be refused before its body is read.
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Holds one place, from before a request's body is read until its answer is sent.
 
         Raises:
             EngineDead: the server is shutting down.
@@ -35,11 +36,6 @@ class Admission:
             raise EngineDead("this server is shutting down")
         if self.active >= self.limit:
             raise Overloaded(f"this server already has {self.active} requests in hand; try again shortly")
-
-    @contextmanager
-    def slot(self) -> Iterator[None]:
-        """Holds one place while a request is worked on. Raises as ``check`` does."""
-        self.check()
         self.active += 1
         self._idle.clear()
         try:

@@ -165,7 +165,7 @@ async def _engines(services: Services) -> None:
         engine = await _engine(services.settings)
         services.engine, up = engine, time.monotonic()
         try:
-            while (health := engine.health()).live:
+            while (health := engine.health()).live:  # noqa: ASYNC110 (it is told by nobody)
                 await asyncio.sleep(_LOOK)
             services.engine = None
             logger.error("%s; starting the engine again", health.reason)

@@ -19,7 +19,8 @@ async def require_key(request: Request, services: ServicesOf) -> None:
     if key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    right = hmac.compare_digest(given.strip().encode(), key.get_secret_value().encode())
+    # Latin-1 gives back the very bytes; whitespace of other alphabets may be parts of their letters
+    right = hmac.compare_digest(given.encode("latin-1").strip(), key.get_secret_value().encode())
     if scheme.lower() != "bearer" or not right:
         raise HTTPException(
             401,

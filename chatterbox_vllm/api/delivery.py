@@ -10,8 +10,8 @@ an error, and a clean end would pass for the whole speech.
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, aclosing
+from typing import TYPE_CHECKING, Final
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -24,13 +24,16 @@ from chatterbox_vllm.api.render import Renderer, render
 from chatterbox_vllm.api.schemas import SpeechBody
 from chatterbox_vllm.api.services import Services
 from chatterbox_vllm.api.wire import EventWire, FileWire, Wire, start
-from chatterbox_vllm.audio.encode import FORMATS
-from chatterbox_vllm.errors import EngineDead, InvalidRequest
-from chatterbox_vllm.types import SAMPLES_PER_TOKEN, SpeechRequest
+from chatterbox_vllm.audio.encode import FORMATS, wav_header
+from chatterbox_vllm.errors import EngineDead, EngineError, InvalidRequest
+from chatterbox_vllm.types import SAMPLE_RATE, SAMPLES_PER_TOKEN, SpeechRequest
 
 if TYPE_CHECKING:
     from chatterbox_vllm.engine import AsyncChatterbox
     from chatterbox_vllm.types import VoiceFeatures
+
+_SOUNDLESS: Final = (b"", wav_header(SAMPLE_RATE), wav_header(SAMPLE_RATE, 0))
+"""What there is of a file before its first sample."""
 
 
 class StreamBroken(Exception):
@@ -38,37 +41,39 @@ class StreamBroken(Exception):
 
 
 class SpokenAnswer(Response):
-    """Speaks ``body`` with ``engine`` and sends it."""
+    """Speaks ``body`` with ``engine`` and sends it, then leaves the ``place`` that the request has."""
 
-    def __init__(self, body: SpeechBody, engine: AsyncChatterbox, services: Services) -> None:
+    def __init__(
+        self, body: SpeechBody, engine: AsyncChatterbox, services: Services, place: AbstractContextManager[object]
+    ) -> None:
         super().__init__()
         self._body = body
         self._engine = engine
         self._admission = services.admission
         self._settings = services.settings
+        self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # a file over HTTP/1.0 has no chunks: a broken one could not be told from a whole one
         streamed = self._body.events or (self._body.streamed and scope["http_version"] != "1.0")
-        try:
-            await until_disconnected(self._deliver(send, record_of(scope), streamed=streamed), receive)
-        except asyncio.CancelledError:
-            if self._admission.draining:  # the drain's time is over
-                raise EngineDead("this server is shutting down") from None
-            raise
+        with self._place:
+            try:
+                await until_disconnected(self._deliver(send, record_of(scope), streamed=streamed), receive)
+            except asyncio.CancelledError:
+                if self._admission.draining:  # the drain's time is over
+                    raise EngineDead("this server is shutting down") from None
+                raise
 
     async def _deliver(self, send: Send, record: SpeechRecord, *, streamed: bool) -> None:
-        with self._admission.slot():
-            record.admitted = True
-            try:
-                request = await self._request()
-                if streamed:
-                    await self._stream(request, self._wire(send), record)
-                else:
-                    await self._whole(request, send, record)
-            except InvalidRequest as error:
-                error.param = self._body.spelt(error.param)
-                raise
+        try:
+            request = await self._request()
+            if streamed:
+                await self._stream(request, self._wire(send), record)
+            else:
+                await self._whole(request, send, record)
+        except InvalidRequest as error:
+            error.param = self._body.spelt(error.param)
+            raise
 
     async def _request(self) -> SpeechRequest:
         voice = await self._voice()
@@ -90,6 +95,8 @@ class SpokenAnswer(Response):
         samples = await self._engine.speak(request)
         record.samples = len(samples)
         content = await asyncio.to_thread(render, samples, self._body.format, self._body.tempo)
+        if content in _SOUNDLESS:
+            raise self._vanished()
         await send(start(FORMATS[self._body.format], {"Content-Length": str(len(content))}))
         await send({"type": "http.response.body", "body": content})
 
@@ -107,13 +114,22 @@ class SpokenAnswer(Response):
             raise StreamBroken("a stream broke after its first byte") from error
 
     async def _speak_into(self, wire: Wire, request: SpeechRequest, record: SpeechRecord) -> None:
-        renderer = Renderer(self._body.format, self._body.tempo)
+        renderer, ready = Renderer(self._body.format, self._body.tempo), b""
         async with aclosing(self._engine.stream(request)) as pieces:
             async for samples in pieces:
                 record.samples += len(samples)
-                await wire.sound(await renderer.feed(samples))
-        await wire.sound(renderer.finish())
+                ready += await renderer.feed(samples)
+                if ready not in _SOUNDLESS:
+                    await wire.sound(ready)
+                    ready = b""
+        ready += renderer.finish()
+        if ready in _SOUNDLESS and not wire.started:
+            raise self._vanished()
+        await wire.sound(ready)
         await wire.done(_usage(request, record.samples))
+
+    def _vanished(self) -> EngineError:
+        return EngineError(f"speed {self._body.tempo:g} leaves nothing of so short a sound; choose a lower one")
 
 
 def _usage(request: SpeechRequest, samples: int) -> dict[str, int]:

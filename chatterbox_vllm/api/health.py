@@ -16,6 +16,7 @@ from chatterbox_vllm.api.services import ServicesOf
 router = APIRouter(tags=["probes"])
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live")
 async def live(services: ServicesOf) -> JSONResponse:
     """200 unless the engine is dead or could not start."""
@@ -25,6 +26,7 @@ async def live(services: ServicesOf) -> JSONResponse:
     )
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(services: ServicesOf) -> JSONResponse:
     """200 once the engine is up, until it dies or the server drains."""
@@ -32,6 +34,7 @@ async def ready(services: ServicesOf) -> JSONResponse:
     return JSONResponse({"ready": state.ready, "reason": state.reason}, 200 if state.ready else 503)
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(services: ServicesOf) -> JSONResponse:
     """Everything the probes know."""

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Final
 
 from fastapi import APIRouter, Request, Response
 
 from chatterbox_vllm.api.body import read_json
 from chatterbox_vllm.api.delivery import SpokenAnswer
-from chatterbox_vllm.api.metrics import CountedRoute
+from chatterbox_vllm.api.metrics import CountedRoute, record_of
 from chatterbox_vllm.api.schemas import SpeechBody, parse
 from chatterbox_vllm.api.services import ServicesOf
 from chatterbox_vllm.audio.encode import FORMATS
 from chatterbox_vllm.errors import TooLarge
 from chatterbox_vllm.settings import Settings
 from chatterbox_vllm.text.frontend import check_text
+from chatterbox_vllm.text.languages import check_language
 
 router = APIRouter(tags=["speech"], route_class=CountedRoute)
 
@@ -37,13 +39,22 @@ _ANSWERS: Final[dict[int | str, dict[str, Any]]] = {
 async def speech(request: Request, services: ServicesOf) -> Response:
     """Speaks a text: as one whole file, or as it is made with ``stream`` or ``stream_format``."""
     engine = services.running_engine()
-    with services.admission.slot():
+    with ExitStack() as place:
+        place.enter_context(services.admission.slot())
+        record_of(request.scope).admitted = True
         body = parse(await read_json(request, max_bytes=_largest_body(services.settings)))
-    limit = services.settings.max_input_characters
+        _check(body, services.settings)
+        return SpokenAnswer(body, engine, services, place.pop_all())
+
+
+def _check(body: SpeechBody, settings: Settings) -> None:
+    """What is wrong with the text or its language, said before any work is done."""
+    limit = settings.max_input_characters
     if len(body.input) > limit:
         raise TooLarge(f"input has {len(body.input)} characters; {limit} are the most", param="input")
     check_text(body.input, param="input")
-    return SpokenAnswer(body, engine, services)
+    if body.spoken_language is not None:
+        check_language(body.spoken_language, param="language" if body.language_id is None else "language_id")
 
 
 def _largest_body(settings: Settings) -> int:

@@ -29,7 +29,7 @@ from chatterbox_vllm.types import STOP_SPEECH, SpeechOptions, VoiceFeatures
 logger = logging.getLogger(__name__)
 SHUTDOWN_SECONDS = 10.0
 STALLED_SECONDS = 120.0 if current_platform.is_cpu() else 10.0
-"""Without a step, though there is work, after which T3 counts as stalled. On a CPU, a step may read prompts that long."""
+"""Without a step, though there is work, after which T3 counts as stalled. On a CPU, one step may take long."""
 _ANSWER_SECONDS = 30.0
 """In which a worker answers; it does so between two steps."""
 
@@ -74,6 +74,11 @@ class T3Generator:
         """What vLLM does with each step's outputs. Whole files come with the last one, so they tell of no progress."""
         self._stepped = time.monotonic()
         return self._processed(*outputs, **more)
+
+    def _expect_steps(self) -> None:
+        """Notes when work begins after a time without."""
+        if not self.unfinished:
+            self._stepped = time.monotonic()
 
     @property
     def stalled(self) -> bool:
@@ -156,8 +161,7 @@ class T3Generator:
         prompt = engine_input(tokens, prefix, weight_steps(options.cfg_weight), key)
         params = sampling_params(options, max_tokens=min(options.max_tokens, room), incremental=incremental)
         params.min_tokens = min(min_tokens, params.max_tokens)
-        if not self.unfinished:
-            self._stepped = time.monotonic()
+        self._expect_steps()
         outputs = self._llm.generate(prompt, params, next(self._names))
         try:
             async for output in outputs:

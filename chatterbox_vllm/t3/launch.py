@@ -108,9 +108,14 @@ def launch(
         config = infer_config(loaded, mask_invalid_tokens=mask_invalid_tokens)
     folder = model_folder(loaded, config, cache)
     logging.getLogger("vllm").setLevel(_log_level())
-    with _LAUNCHING, _environment(_worker_environment(environment)), _main_module_hidden(), _interrupts_blocked():
-        with _ended_if(unwanted or Event()):
-            llm = _started(folder, arguments)
+    with (
+        _LAUNCHING,
+        _environment(_worker_environment(environment)),
+        _main_module_hidden(),
+        _interrupts_blocked(),
+        _ended_if(unwanted or Event()),
+    ):
+        llm = _started(folder, arguments)
     conditioner = VoiceConditioner(_conditioning_tensors(weights), dtype=llm.vllm_config.model_config.dtype)
     return T3Generator(llm, config, conditioner, method=method)
 
