@@ -20,12 +20,13 @@ from chatterbox_vllm import costs
 from chatterbox_vllm.costs import BLOCK, MIB, Choice, Demand, Item, cache_bytes, longest_frames
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.estimate import Estimate, QuantizationMemoryEstimator
-from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy, QuantizationStrategy
+from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Method, Policy, QuantizationStrategy
+from chatterbox_vllm.types import MAX_MODEL_LEN
 from chatterbox_vllm.vocoder.stage import MAX_FRAMES
 
 _COUNTED: Final = 8
 """Utterances for which ``choose_strategy`` leaves room."""
-_SHORTEST: Final = 128
+SHORTEST: Final = 128
 """Least ``max_model_len`` that the settings allow."""
 _FEWEST_TOKENS: Final = 256
 _MOST_TOKENS: Final = 2_048
@@ -106,7 +107,7 @@ def plan(budget: int, demand: Demand, policy: Policy = NONE) -> Plan:
     """
     auto = policy.strategy == QuantizationStrategy.AUTO
     estimator = demand.estimator
-    sums = [_Sum(demand, each, estimator) for each in (STRATEGIES.values() if auto else [policy])]
+    sums = [_Sum(demand, each, estimator) for each in (_possible(estimator).values() if auto else [policy])]
     for each in sums:
         if (made := each.plan(budget)) is not None:
             return made
@@ -256,7 +257,8 @@ def _refusal(budget: int, needed: _Sum, strategy: str | None) -> ConfigurationEr
     batch, length = needed.demand.max_batch_size or 1, needed.demand.max_model_len
     items = needed.items(needed.least(batch))
     missing = _total(items) - budget
-    name = strategy or needed.policy.strategy or needed.policy.method
+    policy = needed.weights.policy  # in which T3's method is its file's, if that is quantised
+    name = strategy or (policy.strategy if policy == needed.policy else None) or policy.method
     first = (
         f"vram_budget={_shown(budget)} is {missing:,} bytes ({_shown(missing)}) too small for max_batch_size={batch}, "
         f"max_model_len={length} and quantisation {name}; nothing was loaded. It would take"
@@ -266,6 +268,13 @@ def _refusal(budget: int, needed: _Sum, strategy: str | None) -> ConfigurationEr
 
 
 def _remedies(budget: int, needed: _Sum, batch: int) -> Iterator[str]:
+    """One change, or all of them at once where none is enough; and a larger budget."""
+    single = list(_single_remedies(budget, needed, batch))
+    yield from single or _combined_remedy(budget, needed)
+    yield f"vram_budget={math.ceil(needed.needs(needed.least(batch)) / MIB)}MiB"
+
+
+def _single_remedies(budget: int, needed: _Sum, batch: int) -> Iterator[str]:
     """One thing changed, the rest as it was asked for."""
 
     def takes(policy: Policy = needed.policy, **changed: Any) -> int:
@@ -275,16 +284,39 @@ def _remedies(budget: int, needed: _Sum, batch: int) -> Iterator[str]:
     fewer = range(1, batch)
     if most := bisect_right(fewer, budget, key=lambda each: takes(max_batch_size=each)):
         yield f"max_batch_size={fewer[most - 1]}"
-    shorter = range(_SHORTEST, needed.demand.max_model_len, BLOCK)
+    shorter = range(SHORTEST, min(needed.demand.max_model_len, MAX_MODEL_LEN + 1), BLOCK)
     if most := bisect_right(shorter, budget, key=lambda each: takes(max_model_len=each)):
         yield f"max_model_len={shorter[most - 1]}"
-    if weakest := next((name for name, each in STRATEGIES.items() if takes(each) <= budget), None):
+    if weakest := next((name for name, each in _possible(needed.estimator).items() if takes(each) <= budget), None):
         yield f"quantization_strategy={weakest}"
     if needed.demand.vocoder_process and takes(vocoder_process=False) <= budget:
         yield "vocoder_process=false"
     if needed.demand.vocoder_on_card and takes(vocoder_on_card=False) <= budget:
         yield "vocoder_device=cpu, which is slower"
-    yield f"vram_budget={math.ceil(needed.needs(needed.least(batch)) / MIB)}MiB"
+
+
+def _combined_remedy(budget: int, needed: _Sum) -> Iterator[str]:
+    """The least of everything, and the longest utterance that it leaves room for."""
+    name, policy = list(_possible(needed.estimator).items())[-1]
+    changes = ["max_batch_size=1", f"quantization_strategy={name}"]
+    if not policy.is_quantized:  # by a strategy, this checkpoint cannot be
+        policy = needed.policy
+        del changes[1]
+
+    def takes(length: int) -> int:
+        other = _Sum(replace(needed.demand, max_batch_size=1, max_model_len=length), policy, needed.estimator)
+        return other.needs(other.least(1))
+
+    lengths = range(SHORTEST, min(needed.demand.max_model_len, MAX_MODEL_LEN) + 1, BLOCK)
+    if most := bisect_right(lengths, budget, key=takes):
+        yield ", ".join([*changes, f"max_model_len={lengths[most - 1]}"])
+
+
+def _possible(estimator: QuantizationMemoryEstimator) -> dict[str, Policy]:
+    """The strategies that the checkpoint can have: T3 of one that is quantised keeps its method."""
+    return {
+        name: each for name, each in STRATEGIES.items() if each.t3 in (Method.NONE, estimator.estimate(each).policy.t3)
+    }
 
 
 def _total(items: Sequence[Item]) -> int:

@@ -65,12 +65,7 @@ def main(argv: Sequence[str] | None = None, *, settings: LoadSettings = load) ->
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        if argv and argv[0] in COMMANDS:
-            return _run_main(f"chatterbox_vllm.{COMMANDS[argv[0]][0]}", argv[1:])
-        if argv[:1] == ["bench"] and argv[1:2] and argv[1] in BENCHES:
-            return _run_main(f"chatterbox_vllm.bench.{argv[1]}", argv[2:])
-        arguments = _parser().parse_args(argv)
-        return int(arguments.run(arguments, settings) or 0)
+        return _run(argv, settings)
     except ChatterboxError as error:
         if "--debug" in argv:
             raise
@@ -78,6 +73,21 @@ def main(argv: Sequence[str] | None = None, *, settings: LoadSettings = load) ->
         return 2 if isinstance(error, InvalidRequest | ConfigurationError) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads what is printed, as ``head``, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the exit
+        return 1
+
+
+def _run(argv: list[str], settings: LoadSettings) -> int:
+    try:
+        if argv and argv[0] in COMMANDS:
+            return _run_main(f"chatterbox_vllm.{COMMANDS[argv[0]][0]}", argv[1:])
+        if argv[:1] == ["bench"] and argv[1:2] and argv[1] in BENCHES:
+            return _run_main(f"chatterbox_vllm.bench.{argv[1]}", argv[2:])
+        arguments = _parser().parse_args(argv)
+        return int(arguments.run(arguments, settings) or 0)
+    finally:
+        sys.stdout.flush()  # here a closed pipe can still be told from an error
 
 
 def _run_main(module: str, argv: Sequence[str]) -> int:

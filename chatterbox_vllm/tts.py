@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import secrets
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
@@ -161,13 +162,15 @@ class ChatterboxTTS:
         spoken = self._loop.run(_in_order(self._engine.speech_tokens, requests, False))
         return _unbatched(text, [torch.tensor(tokens, dtype=torch.int64) for tokens in spoken])
 
-    def synthesize(self, tokens: Tensor, voice: Any = None, *, seed: int = 0, diffusion_steps: int = 10) -> Tensor:
+    def synthesize(
+        self, tokens: Tensor, voice: Any = None, *, seed: int | None = 0, diffusion_steps: int = 10
+    ) -> Tensor:
         """The vocoder's half of ``generate``, without watermark.
 
         Args:
             tokens: (n,) or (1, n) int64 speech tokens below 6561.
             voice: ``VoiceFeatures`` or a recording, as ``generate``'s; default: the built-in voice.
-            seed: names the noise.
+            seed: names the noise; None is another one each time.
 
         Returns:
             (1, 960 n) float32.
@@ -176,6 +179,7 @@ class ChatterboxTTS:
             InvalidRequest: an argument is unusable; ``param`` names it.
         """
         ids, features = _checked_tokens(tokens), self._voice(voice, param="voice")
+        seed = secrets.randbits(62) if seed is None else seed
         return _as_tensor(
             self._loop.run(self._engine.synthesize(ids, features, seed=seed, diffusion_steps=diffusion_steps))
         )
@@ -186,11 +190,11 @@ class ChatterboxTTS:
         As upstream, where ``generate``'s own ``exaggeration`` then overrides this one.
         """
         SpeechOptions(exaggeration=exaggeration)
-        self._default_voice = self._voice(wav_fpath)
+        self._default_voice = self._voice(wav_fpath, param="wav_fpath")
 
     def get_audio_conditionals(self, wav_fpath: Any = None) -> tuple[VoiceFeatures, Conditionals]:
         """A recording's features for the vocoder and for T3, for ``generate_with_conds``."""
-        voice = self._voice(wav_fpath)
+        voice = self._voice(wav_fpath, param="wav_fpath")
         return voice, Conditionals(voice)
 
     def update_exaggeration(self, cond_emb: Conditionals, exaggeration: float) -> Conditionals:

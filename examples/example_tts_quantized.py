@@ -25,12 +25,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Speak with both models, quantised.")
     parser.add_argument("--model", default=os.environ.get("CHATTERBOX_MODEL", "english"), help="a name or a folder")
     parser.add_argument("--multilingual-model", default="multilingual", help="a name or a folder")
-    parser.add_argument("--quantization", help="none, int8, bnb-4bit, ... instead of bitsandbytes' 8 bits")
+    parser.add_argument("--quantization", help="none, int8, bnb-4bit, ... instead of bnb-8bit")
     parser.add_argument("--max-tokens", type=int, default=1000, help="longest utterance; 25 tokens are a second")
     parser.add_argument("-o", "--output", type=Path, default=Path("quantized"), help="a folder")
     arguments = parser.parse_args(argv)
 
-    # bitsandbytes in 8 bits: pip install ".[ultra-low-vram]" in the checkout
+    # T3's weights are rounded as bitsandbytes' LLM.int8 does and multiplied by vLLM's own kernels: no package is needed
     options = {"quantization": arguments.quantization} if arguments.quantization else {"use_bnb_quantization": True}
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ChatterboxMultilingualTTS.from_local(arguments.multilingual_model, **options) as model:
             wav = model.generate(FRENCH, language_id="fr", max_tokens=arguments.max_tokens)
             _save(arguments.output / "french.wav", wav, model)
-    except (ConfigurationError, MissingDependency) as error:  # no NVIDIA GPU, or no bitsandbytes
+    except (ConfigurationError, MissingDependency) as error:  # no NVIDIA GPU, or bnb-4bit without its packages
         sys.exit(f"{error}\nTo run this example on a CPU: --quantization int8")
 
 

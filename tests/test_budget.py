@@ -18,6 +18,7 @@ from chatterbox_vllm.quantization.policy import STRATEGIES, Policy
 from chatterbox_vllm.settings import PRESETS
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.launch import cache_bytes_per_position, engine_arguments
+from chatterbox_vllm.types import MAX_MODEL_LEN
 from chatterbox_vllm.vocoder.stage import FEWEST_FRAMES
 from tests.memory_support import GUIDE, Headers, full_headers, guide_row
 
@@ -172,6 +173,47 @@ def test_a_refusal_names_the_missing_bytes_and_what_would_fit(demand: Demand) ->
     with pytest.raises(ConfigurationError):
         plan(available, replace(demand, max_model_len=int(shorter[1]) + BLOCK))
     plan(parse_bytes(larger[1]), demand)
+
+
+def remedies(refused: pytest.ExceptionInfo[ConfigurationError]) -> list[str]:
+    return [line.strip() for line in str(refused.value).split("what would fit:\n")[1].splitlines()]
+
+
+def test_what_no_single_change_mends_three_do(demand: Demand) -> None:
+    """A card of 2 GiB, and nothing else said."""
+    defaults = Demand(demand.checkpoint)
+    with pytest.raises(ConfigurationError) as refused:
+        plan(2**31, defaults)
+    together, larger = remedies(refused)
+    found = re.fullmatch(r"max_batch_size=1, quantization_strategy=aggressive, max_model_len=(\d+)", together)
+    assert found
+    assert larger.startswith("vram_budget=")
+    length = int(found[1])
+    plan(2**31, replace(defaults, max_batch_size=1, max_model_len=length), STRATEGIES["aggressive"])
+    with pytest.raises(ConfigurationError):
+        plan(2**31, replace(defaults, max_batch_size=1, max_model_len=length + BLOCK), STRATEGIES["aggressive"])
+    with pytest.raises(ConfigurationError) as refused:
+        plan(2**28, defaults)
+    assert len(remedies(refused)) == 1
+
+
+def test_no_longer_utterance_is_offered_than_the_engine_speaks(demand: Demand) -> None:
+    endless = replace(demand, max_batch_size=64, max_model_len=99_999)
+    with pytest.raises(ConfigurationError) as refused:
+        plan(2**37, endless)
+    (shorter,) = re.findall(r"max_model_len=(\d+)", "".join(remedies(refused)))
+    assert MAX_MODEL_LEN - BLOCK < int(shorter) <= MAX_MODEL_LEN
+
+
+def test_a_refusal_knows_how_the_checkpoint_is_stored(demo: Checkpoint, tmp_path: Path) -> None:
+    """Its T3 can have no other method: what would need one is not offered."""
+    quantize(demo, tmp_path / "stored", method="bnb-8bit")
+    stored = Demand(resolve(tmp_path / "stored"), max_batch_size=64)
+    for asked in (Policy(), STRATEGIES["none"]):
+        with pytest.raises(ConfigurationError, match="and quantisation bnb-8bit; nothing") as refused:
+            plan(least(stored, asked) - 1, stored, asked)
+        assert "quantization_strategy" not in "".join(remedies(refused))
+    assert plan(2**34, stored, AUTO).policy.strategy == "none"
 
 
 def test_auto_quantises_no_more_than_it_must(demand: Demand) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import soundfile
 
 from chatterbox_vllm import cli
 from chatterbox_vllm.api import app
+from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.errors import CheckpointError
 from chatterbox_vllm.settings import PRESETS, Settings, flag
 from tests.fake_engine import PIECE, FakeChatterbox, wav
@@ -113,6 +115,32 @@ def test_unknown_flags_and_commands_show_the_usage(argv: list[str], capsys: pyte
         cli.main(argv)
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--quantization", "nf5"], "--quantization=nf5: nobody has counted what it saves; there are none, bnb-4bit,"),
+        (["--max-model-len", "3087"], "--max-model-len: must be from 128 to 3086"),
+        (["--max-model-len", "127"], "--max-model-len: must be from 128 to 3086"),
+    ],
+)
+def test_memory_is_computed_only_for_what_can_be_served(argv: list[str], told: str, demo: Checkpoint) -> None:
+    command = [sys.executable, "-m", "chatterbox_vllm.cli", "memory", "--model", str(demo.folder), *argv]
+    reply = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (reply.returncode, reply.stdout) == (2, "")
+    assert told in reply.stderr
+
+
+@pytest.mark.parametrize("how", [[], ["--json"]])
+def test_a_reader_that_has_enough_hears_no_complaint(how: list[str], demo: Checkpoint) -> None:
+    """As ``head``: before the end, or at the end, when the rest of what was printed is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "chatterbox_vllm.cli", "memory", "--model", str(demo.folder), *how]
+    reply = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (reply.returncode, reply.stderr) == (1, "")
 
 
 def test_other_errors_exit_with_1_and_debug_raises(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 
 from chatterbox_vllm import checkpoint, doctor
-from chatterbox_vllm.checkpoint import Variant
-from chatterbox_vllm.doctor import machine, packages, weights
+from chatterbox_vllm.checkpoint import Checkpoint, Variant
+from chatterbox_vllm.convert import quantize
+from chatterbox_vllm.doctor import machine, packages, start, weights
 from chatterbox_vllm.doctor.finding import Finding, Level, error, ok, warn
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.memory import memory
+from chatterbox_vllm.quantization.policy import FIELDS, STRATEGIES
 from chatterbox_vllm.settings import Settings
 from chatterbox_vllm.upstream import PIP
 
@@ -333,9 +335,69 @@ def test_no_remedy_installs_the_other_project_of_our_name(monkeypatch: pytest.Mo
 
 def test_a_wrong_setting_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHATTERBOX_PORT", "eighty")
-    findings = list(doctor._deployment(None))
+    findings = list(doctor._deployment(None, on_cpu=True))
     assert [finding.level for finding in findings] == [Level.ERROR]
     assert "CHATTERBOX_PORT=eighty" in findings[0].detail
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "says"),
+    [
+        ({"quantization": "bnb-8bit"}, "quantisation", "bnb-8bit (t3) needs an NVIDIA GPU"),
+        ({"quantization": "awq"}, "quantisation", "chatterbox-vllm quantize MODEL OUT --method awq"),
+        ({"quantization": "nf5"}, "quantisation", "quantization=nf5 is unknown to vLLM, too; there are none, bnb-4bit"),
+        ({"vram_budget": "2GiB"}, "VRAM budget", "leave it out on a CPU"),
+        ({"vram_budget": "foo"}, "VRAM budget", "vram_budget=foo is no amount of memory"),
+        ({"voices_dir": "/none"}, "voices", "'/none' is not a folder"),
+    ],
+)
+def test_what_the_start_refuses_on_a_cpu(settings: dict[str, str], name: str, says: str) -> None:
+    (finding,) = start.refusals(Settings(model="demo", **settings), on_cpu=True)
+    assert (finding.level, finding.name) == (Level.ERROR, name)
+    assert says in finding.detail
+    assert finding.remedy == f"correct {next(iter(settings))}, in the environment or in .env"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"quantization": "int8"}, {"quantization_strategy": "auto"}, {"quantization": "gptq"}, {"voices_dir": "/"}],
+)
+def test_what_the_start_takes_on_a_cpu(settings: dict[str, str]) -> None:
+    assert list(start.refusals(Settings(model="demo", **settings), on_cpu=True)) == []
+
+
+def test_a_checkpoint_that_is_stored_quantised(demo: Checkpoint, tmp_path: Path) -> None:
+    quantize(demo, tmp_path / "stored", method="bnb-8bit")
+    model = str(tmp_path / "stored")
+    assert list(start.refusals(Settings(model=model), on_cpu=False)) == []
+    for settings, on_cpu, says in (
+        (Settings(model=model), True, "this checkpoint's T3 is bnb-8bit, which needs an NVIDIA GPU"),
+        (Settings(model=model, quantization="int8"), False, "this checkpoint's T3 is bnb-8bit already"),
+    ):
+        (finding,) = start.refusals(settings, on_cpu=on_cpu)
+        assert finding.level is Level.ERROR
+        assert says in finding.detail
+    (tmp_path / "stored" / demo.t3.name).unlink()
+    (tmp_path / "stored" / demo.t3.name).touch()
+    (finding,) = start.refusals(Settings(model=model), on_cpu=False)
+    assert "is not a readable safetensors file" in finding.detail
+
+
+def test_4_bits_without_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error where they are asked for by name; a strategy gives way to a weaker one, unless it may not."""
+    without(monkeypatch, {"bitsandbytes": None, "vllm-bnb-plugin": "0.0.3"})
+    (finding,) = start.refusals(Settings(model="demo", quantization="bnb-4bit"), on_cpu=False)
+    assert finding.level is Level.ERROR
+    assert finding.detail.startswith("bitsandbytes is needed for bnb-4bit")
+    assert (finding.remedy or "").startswith(f"{PIP} install 'bitsandbytes")
+    mixed = {FIELDS[name]: method for name, method in STRATEGIES["mixed"].methods.items()}
+    for strict, level in ((False, Level.WARN), (True, Level.ERROR)):
+        chosen = Settings(model="demo", quantization_strategy="mixed", strict_quantization=strict, **mixed)
+        (finding,) = start.refusals(chosen, on_cpu=False)
+        assert finding.level is level
+        assert ("conservative takes its place" in finding.detail) is not strict
+    without(monkeypatch, {"bitsandbytes": "0.50.2", "vllm-bnb-plugin": "0.0.3"})
+    assert list(start.refusals(Settings(model="demo", quantization="bnb-4bit"), on_cpu=False)) == []
 
 
 @pytest.mark.parametrize(

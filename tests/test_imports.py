@@ -19,10 +19,10 @@ PACKAGE = "chatterbox_vllm"
 LEVELS = [
     {"types", "errors", "loop_thread", "memory", "mps", "quiet"},
     {"quantization"},
-    {"settings", "quantization_config"},
+    {"settings"},
     {"text", "audio", "checkpoint", "demo_checkpoint", "upstream"},
     {"t3", "vocoder", "voices"},
-    {"arguments", "budget", "costs", "engine", "loading", "parts", "tenancy", "tts"},
+    {"arguments", "budget", "costs", "engine", "loading", "parts", "quantization_config", "tenancy", "tts"},
     {"api", "cli", "bench", "convert", "doctor", "evaluate"},
 ]
 STAGES = {"t3", "vocoder", "voices"}

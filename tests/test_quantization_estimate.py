@@ -85,9 +85,9 @@ def test_t3_weighs_what_is_estimated(demo: Checkpoint) -> None:
     assert estimated.at("t3") == sum(tensor.nbytes for tensor in used.values()) + ANGLES
 
 
-def test_a_quantised_file_weighs_what_it_weighs(demo: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [Stored(Method.AWQ, 32), Stored(Method.BNB_8BIT)])
+def test_a_quantised_file_weighs_what_it_weighs(demo: Checkpoint, tmp_path: Path, stored: Stored) -> None:
     """Whatever the policy says; the scales, float32 in the file, are loaded in half precision."""
-    stored = Stored(Method.AWQ, 32)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(demo.t3).items():
         quantised = "_proj.weight" in name
@@ -98,7 +98,7 @@ def test_a_quantised_file_weighs_what_it_weighs(demo: Checkpoint, tmp_path: Path
     part = QuantizationMemoryEstimator(files).estimate(Policy())["t3"]
     packed = [tensor for name, tensor in tensors.items() if name.endswith((".weight_packed", ".weight_zero_point"))]
     scales = [tensor for name, tensor in tensors.items() if name.endswith(".weight_scale")]
-    assert part.method == Method.AWQ
+    assert part.method == stored.method
     assert part.after == sum(each.nbytes for each in packed) + sum(each.nbytes for each in scales) // 2
     assert part.before == QuantizationMemoryEstimator(demo).estimate(Policy())["t3"].before
 

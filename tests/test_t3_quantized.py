@@ -21,13 +21,14 @@ from chatterbox_vllm.checkpoint import Checkpoint, load_tensors, resolve
 from chatterbox_vllm.convert import quantize
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError, MissingDependency
 from chatterbox_vllm.quantization.packing import Stored
+from chatterbox_vllm.quantization.policy import effective_method
 from chatterbox_vllm.t3 import conversion, methods
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted, linear_layers
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.footprint import T3Footprint
 from chatterbox_vllm.t3.launch import engine_arguments, launch
-from chatterbox_vllm.t3.methods import effective_method, method_arguments
+from chatterbox_vllm.t3.methods import method_arguments
 from chatterbox_vllm.types import SpeechOptions
 from tests.t3_reference import InProcessT3, assert_same, requests
 
@@ -223,6 +224,15 @@ def test_methods_that_need_a_gpu(method: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(methods.current_platform, "is_cpu", lambda: True)
     with pytest.raises(ConfigurationError, match=f"quantization={method} needs an NVIDIA GPU"):
         method_arguments(method, T3Config(), {})
+
+
+def test_a_checkpoint_that_needs_a_gpu_says_so(demo: Checkpoint, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody asked for the method, so it cannot be left out."""
+    monkeypatch.setattr(methods.current_platform, "is_cpu", lambda: True)
+    config = infer_config(converted(demo.t3, "bnb-8bit", infer_config(demo.t3), cache))
+    with pytest.raises(ConfigurationError, match=r"this checkpoint's T3 is bnb-8bit.*it was made from.*int8") as caught:
+        method_arguments("bnb-8bit", config, {})
+    assert caught.value.param == "model"
 
 
 @pytest.mark.parametrize("absent", ["vllm_bnb_plugin", "bitsandbytes"])

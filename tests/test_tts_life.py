@@ -10,14 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import soundfile
+import torch
 
 from chatterbox_vllm import tts
+from chatterbox_vllm.audio.decode import decode
 from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant
-from chatterbox_vllm.errors import CheckpointError, ConfigurationError, EngineDead
+from chatterbox_vllm.errors import CheckpointError, ConfigurationError, EngineDead, InvalidRequest
 from chatterbox_vllm.t3 import launch, methods
 from chatterbox_vllm.tts import ChatterboxMultilingualTTS, ChatterboxTTS
 from tests.fake_engine import FakeChatterbox, wait_for
@@ -148,6 +152,33 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ChatterboxTTS]:
         return ChatterboxTTS("demo")
 
     return made
+
+
+def test_synthesize_draws_a_seed_where_none_is_given(quick: Callable[..., ChatterboxTTS]) -> None:
+    """As ``generate`` does."""
+    seeds: list[int] = []
+
+    async def synthesize(tokens: torch.Tensor, voice: object, *, seed: int, diffusion_steps: int) -> np.ndarray:
+        seeds.append(seed)
+        return np.zeros(960 * len(tokens), np.float32)
+
+    with quick() as model:
+        model._engine.synthesize = synthesize
+        for options in ({"seed": None}, {"seed": None}, {"seed": 7}, {}):
+            model.synthesize(torch.tensor([1, 2]), **options)
+    assert len(set(seeds[:2])) == 2
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds[2:] == [7, 0]
+
+
+def test_a_recording_is_called_as_the_method_calls_it(quick: Callable[..., ChatterboxTTS]) -> None:
+    with quick() as model:
+        model._engine.voices = SimpleNamespace(from_audio=lambda source, *, param: decode(source, param=param))
+        for method in (model.prepare_conditionals, model.get_audio_conditionals):
+            for unusable in ("nofile.wav", 7):
+                with pytest.raises(InvalidRequest, match="wav_fpath") as caught:
+                    method(unusable)
+                assert caught.value.param == "wav_fpath"
 
 
 def test_a_second_shutdown_does_nothing(quick: Callable[..., ChatterboxTTS]) -> None:

@@ -26,8 +26,9 @@ from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError
 from chatterbox_vllm.quantization import estimate
-from chatterbox_vllm.quantization.policy import COMPONENTS, STRATEGIES, Policy, QuantizationStrategy, canonical
+from chatterbox_vllm.quantization.policy import COMPONENTS, STRATEGIES, Method, Policy, QuantizationStrategy, canonical
 from chatterbox_vllm.settings import load
+from chatterbox_vllm.types import MAX_MODEL_LEN
 
 TOLERANCE: Final = 0.05
 """How far what is computed may be from what is measured."""
@@ -51,11 +52,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--variant", choices=list(Variant), help="of a folder that holds several")
     made.add_argument("--json", action="store_true", help="print JSON instead of tables")
     computed = made.add_argument_group("computed")
-    computed.add_argument("--quantization", metavar="METHOD", help="of T3: none, bnb-4bit, bnb-8bit, awq, int8, fp8")
+    computed.add_argument("--quantization", metavar="METHOD", help=f"of T3: {', '.join(Method)}")
     computed.add_argument("--quantization-strategy", choices=_STRATEGIES, help="of everything")
     computed.add_argument("--vram-budget", metavar="BYTES", help="for everything together, as 2GiB")
     computed.add_argument("--max-batch-size", type=count, metavar="N", help="utterances at once (default: what fits)")
-    computed.add_argument("--max-model-len", type=count, default=1024, metavar="N", help="positions (default: 1024)")
+    computed.add_argument("--max-model-len", type=_length, default=1024, metavar="N", help="positions (default: 1024)")
     computed.add_argument("--vocoder-elsewhere", action="store_true", help="the vocoder has another device")
     computed.add_argument(
         "--multiprocessors", type=count, default=132, metavar="N", help="of the card (default: 132, an H200's)"
@@ -143,6 +144,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if result.get("failures") else 0
 
 
+def _length(text: str) -> int:
+    """What ``serve`` takes for ``max_model_len``."""
+    if not budget.SHORTEST <= int(text) <= MAX_MODEL_LEN:
+        raise argparse.ArgumentTypeError(f"must be from {budget.SHORTEST} to {MAX_MODEL_LEN}")
+    return int(text)
+
+
 def _checkpoint(arguments: argparse.Namespace) -> Checkpoint:
     return resolve(arguments.model or "english", Variant(arguments.variant) if arguments.variant else None)
 
@@ -154,7 +162,13 @@ def _policy(arguments: argparse.Namespace) -> Policy | None:
             "--quantization and --quantization-strategy both say how T3 is quantised; give one", param="quantization"
         )
     if arguments.quantization:
-        return Policy(t3=canonical(arguments.quantization, "--quantization"))
+        method = canonical(arguments.quantization, "--quantization")
+        if method not in frozenset(Method):
+            raise ConfigurationError(
+                f"--quantization={method}: nobody has counted what it saves; there are {', '.join(Method)}",
+                param="quantization",
+            )
+        return Policy(t3=method)
     name = arguments.quantization_strategy
     return STRATEGIES.get(name, Policy(strategy=name)) if name else None
 

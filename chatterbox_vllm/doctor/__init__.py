@@ -37,24 +37,25 @@ def examine(model: str | None = None) -> Iterator[Finding]:
     yield from packages.optional()
     if packages.version("torch"):
         yield from packages.imports(cuda_build=build == "cuda")
-    yield from _deployment(model)
+    yield from _deployment(model, on_cpu=build == "cpu")
 
 
-def _deployment(model: str | None) -> Iterator[Finding]:
+def _deployment(model: str | None, *, on_cpu: bool) -> Iterator[Finding]:
     """What depends on the settings; a package that reading them needs may be missing, which is reported above."""
     try:
         from chatterbox_vllm import settings
-        from chatterbox_vllm.doctor import weights
+        from chatterbox_vllm.doctor import start, weights
     except ImportError as problem:
         yield error("settings", f"cannot be read: {problem}", f"{PIP} install the packages reported above")
         return
     try:
         chosen = settings.load({"model": model})
     except ConfigurationError as problem:
-        yield error("settings", str(problem), f"correct {problem.param or 'them'}, in the environment or in .env")
+        yield error("settings", str(problem), start.correct(problem.param))
         return
     yield ok("settings", f"model {chosen.model}, preset {chosen.preset or 'none'}, device {chosen.device}")
     yield from weights.weights(chosen)
+    yield from start.refusals(chosen, on_cpu=on_cpu)
     yield weights.disk()
     yield weights.port(chosen)
 

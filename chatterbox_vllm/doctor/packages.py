@@ -43,6 +43,12 @@ if torch is not None:
 sys.stdout.write("\\n" + json.dumps(answer))
 """
 
+_METHODS: Final = """
+import sys
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+sys.stdout.write("\\n" + " ".join(QUANTIZATION_METHODS))
+"""
+
 
 def version(package: str) -> str | None:
     try:
@@ -107,13 +113,17 @@ def optional() -> Iterator[Finding]:
     if version(OURSELVES) is None:
         return
     for extra, purpose in OPTIONAL.items():
-        absent = [need for need in ranges(extra) if version(need.name) is None]
-        if absent:
-            wanted = " ".join(f"'{need.name}{need.specifier}'" for need in absent)
-            detail = f"without {', '.join(need.name for need in absent)}; for {purpose}: {PIP} install {wanted}"
-        else:
-            detail = f"complete; {purpose}"
-        yield ok(f"[{extra}]", detail)
+        absent, command = lacking(extra)
+        told = f"without {', '.join(absent)}; for {purpose}: {command}" if absent else f"complete; {purpose}"
+        yield ok(f"[{extra}]", told)
+
+
+def lacking(extra: str) -> tuple[list[str], str]:
+    """The packages of an extra that are absent, and the command that installs them; none of what is not installed."""
+    declared = ranges(extra) if version(OURSELVES) else []
+    absent = [need for need in declared if version(need.name) is None]
+    wanted = " ".join(f"'{need.name}{need.specifier}'" for need in absent)
+    return [need.name for need in absent], f"{PIP} install {wanted}"
 
 
 def wheels() -> Finding:
@@ -132,6 +142,16 @@ def plugin() -> Finding:
         remedy = f"{PIP} install --force-reinstall --no-deps --editable . in this project's folder"
         return error("vLLM plugin", f"{PLUGIN} is not among {', '.join(found) or 'no plugins at all'}", remedy)
     return ok("vLLM plugin", f"{PLUGIN} = {found[PLUGIN]}")
+
+
+def vllm_methods(timeout: float = 60.0) -> list[str]:
+    """vLLM's own names of quantisation methods, asked in a process of its own; empty where it does not say."""
+    command = [sys.executable, "-c", _METHODS]
+    try:
+        reply = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return []
+    return reply.stdout.rpartition("\n")[2].split()
 
 
 def imports(*, cuda_build: bool, timeout: float = 60.0) -> Iterator[Finding]:

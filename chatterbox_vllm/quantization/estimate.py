@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Protocol
 
 from chatterbox_vllm.errors import CheckpointError
-from chatterbox_vllm.quantization.packing import Stored
+from chatterbox_vllm.quantization.packing import PACKED, WORD, Stored
 from chatterbox_vllm.quantization.policy import STRATEGIES, Method, Policy
 
 COMPONENTS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
@@ -219,7 +219,7 @@ class QuantizationMemoryEstimator:
 
     def __init__(self, checkpoint: Files, *, itemsize: int = 2, vocoder_itemsize: int = 2) -> None:
         self._stored = Stored.of(checkpoint.t3) if checkpoint.t3.suffix == ".safetensors" else Stored()
-        t3 = _unpacked(read_shapes(checkpoint.t3))
+        t3 = _unpacked(read_shapes(checkpoint.t3), self._stored.method)
         self._sizes = {"t3": itemsize, "host": 4, "vocoder": vocoder_itemsize, "enrolment": 4}
         self._tensors = [
             *_sorted(t3, _T3),
@@ -300,10 +300,14 @@ def _of_pickle(path: Path) -> dict[str, Shape]:
     return {key: tuple(value.shape) for key, value in loaded.items()}
 
 
-def _unpacked(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """With each matrix's own shape in place of its packed one, eight weights an int32."""
+def _unpacked(shapes: Mapping[str, Shape], method: str) -> dict[str, Shape]:
+    """With each matrix's own shape in place of its packed one, several weights an int32."""
+    if method not in PACKED:
+        return dict(shapes)
+    codes = WORD // PACKED[Method(method)]
     return {
-        name: (shape[0], 8 * shape[1]) if name.endswith(".weight_packed") else shape for name, shape in shapes.items()
+        name: (shape[0], codes * shape[1]) if name.endswith(".weight_packed") else shape
+        for name, shape in shapes.items()
     }
 
 

@@ -36,9 +36,9 @@ STORABLE: Final = (Method.AWQ, Method.INT8, Method.BNB_8BIT)
 """Methods of which there are files; the others quantise while vLLM loads."""
 GROUP_SIZES: Final = (128, 64, 32)
 """Inputs that share a 4-bit scale; all of vLLM's 4-bit kernels know the first."""
-_WORD: Final = 32
+WORD: Final = 32
 """Bits of what integers are packed into."""
-_PACKED: Final = {Method.AWQ: 4, Method.BNB_8BIT: 8}
+PACKED: Final = {Method.AWQ: 4, Method.BNB_8BIT: 8}
 """Bits of a packed integer."""
 _ZERO: Final = 128
 """The 8-bit code that means 0."""
@@ -88,7 +88,7 @@ class Stored:
     @property
     def codes(self) -> str:
         """The tensor beside a stem that has the matrix's rows."""
-        return "weight_packed" if self.method in _PACKED else "weight"
+        return "weight_packed" if self.method in PACKED else "weight"
 
     def shapes(self, stem: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that stand for the matrix (outputs, inputs) called ``stem``."""
@@ -96,15 +96,15 @@ class Stored:
             return {f"{stem}.weight": (outputs, inputs)}
         if self.method == Method.INT8:
             return {f"{stem}.weight": (outputs, inputs), f"{stem}.weight_scale": (outputs, 1)}
-        bits = _PACKED[Method(self.method)]
+        bits = PACKED[Method(self.method)]
         groups = inputs // self.group_size if self.group_size else 1
         shapes: dict[str, tuple[int, ...]] = {
-            f"{stem}.weight_packed": (outputs, inputs * bits // _WORD),
+            f"{stem}.weight_packed": (outputs, inputs * bits // WORD),
             f"{stem}.weight_scale": (outputs, groups),
             f"{stem}.weight_shape": (2,),
         }
         if self.method == Method.AWQ:
-            shapes[f"{stem}.weight_zero_point"] = (outputs * bits // _WORD, groups)
+            shapes[f"{stem}.weight_zero_point"] = (outputs * bits // WORD, groups)
         return shapes
 
     def encode(self, stem: str, weight: Tensor) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """(rows, n) integers from 0 to 2^bits - 1 -> (rows, n x bits / 32) int32, the first code in the lowest bits."""
     import torch
 
-    wide = codes.to(torch.int32).unflatten(1, (-1, _WORD // bits))
+    wide = codes.to(torch.int32).unflatten(1, (-1, WORD // bits))
     packed = wide[..., 0].clone()
     for place in range(1, wide.shape[2]):
         packed |= wide[..., place] << bits * place
@@ -223,5 +223,5 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     """The inverse of ``pack``: (rows, n) int32 -> (rows, n x 32 / bits) uint8."""
     import torch
 
-    places = torch.arange(0, _WORD, bits, dtype=torch.int32, device=packed.device)
+    places = torch.arange(0, WORD, bits, dtype=torch.int32, device=packed.device)
     return ((packed.unsqueeze(2) >> places) & (2**bits - 1)).to(torch.uint8).flatten(1)

@@ -21,9 +21,12 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from chatterbox_vllm.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from chatterbox_vllm.quantization.packing import Stored
 
 logger: Final = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ KEPT: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 _LINEAR: Final = frozenset({Method.NONE, Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8})
-_GPU_ONLY: Final = frozenset({Method.BNB_4BIT, Method.BNB_8BIT, Method.FP8})
+GPU_ONLY: Final = frozenset({Method.BNB_4BIT, Method.BNB_8BIT, Method.FP8})
 _VLLM_NAMES: Final[Mapping[str, str]] = MappingProxyType({"bitsandbytes": Method.BNB_4BIT, "": Method.NONE})
 """What vLLM, and our users of it, call what has another name here."""
 
@@ -119,7 +122,7 @@ class Policy:
         Raises:
             ConfigurationError: a method was asked for by name that needs an NVIDIA GPU.
         """
-        gpu_only = {name: method for name, method in self.methods.items() if method in _GPU_ONLY}
+        gpu_only = {name: method for name, method in self.methods.items() if method in GPU_ONLY}
         if not gpu_only:
             return self
         if self.strategy is None:
@@ -218,7 +221,7 @@ def claims(given: Mapping[str, Given]) -> tuple[dict[str, str], str | None]:
 
         quantization                              T3: a method, "bitsandbytes" (bnb-4bit), "none" or None
         use_quantization, quantization_method     T3: the method, bnb-4bit unless it is named; false: nothing at all
-        quantize_s3gen, quantize_voice_encoder    the other parts, by quantization_method or T3's
+        quantize_s3gen, quantize_voice_encoder    the other parts that a strategy or int8 leaves, by T3's method
         use_bnb_quantization                      T3: bnb-8bit
         quantization_strategy                     everything: conservative, mixed, aggressive, auto, none
         quantization_profile                      everything: a file
@@ -275,8 +278,15 @@ def _of_t3(given: Mapping[str, Given]) -> Iterator[_Claim]:
 
 
 def _of_parts(given: Mapping[str, Given]) -> Iterator[_Claim]:
+    done = {
+        component
+        for _, methods, _ in _of_everything(given)
+        for component, method in methods.items()
+        if method != Method.NONE
+    }
     for name, components in _parts(given).items():
-        yield given[name], dict.fromkeys(components, _beside_t3(given)), None
+        left = [component for component in components if component not in done]
+        yield given[name], dict.fromkeys(left, _beside_t3(given)), None
 
 
 def _parts(given: Mapping[str, Given]) -> dict[str, tuple[str, ...]]:
@@ -286,20 +296,28 @@ def _parts(given: Mapping[str, Given]) -> dict[str, tuple[str, ...]]:
 
 
 def _beside_t3(given: Mapping[str, Given]) -> str:
-    """The other parts' method: the one that is named, if linear layers can have it, else bnb-4bit."""
-    chosen = given.get("quantization_method") or given.get("quantization")
-    named = canonical(chosen.value, chosen.origin) if chosen else str(Method.NONE)
-    return named if named in _LINEAR - {Method.NONE} else str(Method.BNB_4BIT)
+    """The other parts' method: T3's, by whichever spelling, if linear layers can have it, else bnb-4bit."""
+    said = (methods.get("t3") for of in (_of_one, _of_t3, _of_everything) for _, methods, _ in of(given))
+    return next((method for method in said if method in _LINEAR - {Method.NONE}), str(Method.BNB_4BIT))
 
 
 def _of_everything(given: Mapping[str, Given]) -> Iterator[_Claim]:
     if (int8 := given.get("use_int8_quantization")) is not None and int8.value:
         yield int8, dict.fromkeys(("t3", *VOCODER), str(Method.INT8)), None
     if (strategy := given.get("quantization_strategy")) is not None and strategy.value is not None:
-        yield strategy, *_of_strategy(strategy)
+        methods, name = _of_strategy(strategy)
+        yield strategy, _but_switched_on(methods, given), name
     if (profile := given.get("quantization_profile")) is not None and profile.value is not None:
         policy = Policy.from_file(profile.value)
-        yield profile, policy.methods, policy.strategy
+        yield profile, _but_switched_on(policy.methods, given), policy.strategy
+
+
+def _but_switched_on(methods: Mapping[str, str], given: Mapping[str, Given]) -> Mapping[str, str]:
+    """Without what is left unquantised and a switch quantises; a policy that quantises nothing means it."""
+    if all(method == Method.NONE for method in methods.values()):
+        return methods
+    switched = {component for components in _parts(given).values() for component in components}
+    return {name: method for name, method in methods.items() if method != Method.NONE or name not in switched}
 
 
 def _of_strategy(given: Given) -> tuple[Mapping[str, str], str]:
@@ -312,8 +330,50 @@ def _of_strategy(given: Given) -> tuple[Mapping[str, str], str]:
     return STRATEGIES[name].methods, name
 
 
+def effective_method(stored: Stored, asked: str) -> str:
+    """The method by which a checkpoint is served: its own if it is quantised, else the one asked for.
+
+    Raises:
+        ConfigurationError: both are given and differ, or awq is asked of a checkpoint that is not quantised.
+    """
+    if stored.method != Method.NONE:
+        if asked not in (Method.NONE, stored.method):
+            raise ConfigurationError(
+                f"quantization={asked}, but this checkpoint's T3 is {stored.method} already; leave quantization out, "
+                "or give the checkpoint it was made from",
+                param="quantization",
+            )
+        return stored.method
+    if asked == Method.AWQ:
+        raise ConfigurationError(
+            "quantization=awq needs a checkpoint made for it: chatterbox-vllm quantize MODEL OUT --method awq, "
+            "then give OUT as the model",
+            param="quantization",
+        )
+    return asked
+
+
+def without_gpu(method: str, *, stored: bool) -> ConfigurationError:
+    """What to raise on a CPU for T3's method that needs a GPU.
+
+    Args:
+        stored: the checkpoint is quantised so, and nobody asked for it.
+    """
+    if stored:
+        return ConfigurationError(
+            f"this checkpoint's T3 is {method}, which needs an NVIDIA GPU; on a CPU give the checkpoint it was made "
+            "from, as it is or with quantization=int8",
+            param="model",
+        )
+    return ConfigurationError(
+        f"quantization={method} needs an NVIDIA GPU; on a CPU leave it out, or use int8", param="quantization"
+    )
+
+
 def canonical(value: Any, origin: str = "quantization") -> str:
-    """Our name of a method: ``bitsandbytes`` is bnb-4bit, None is none; what vLLM alone knows stays as it is.
+    """Our name of a method, in whichever case: ``bitsandbytes`` is bnb-4bit, None is none.
+
+    What vLLM alone knows stays as it is.
 
     Raises:
         ConfigurationError: the value is no text.
@@ -324,7 +384,8 @@ def canonical(value: Any, origin: str = "quantization") -> str:
         raise ConfigurationError(
             f"{origin} must be one of {', '.join(Method)}, or another method of vLLM's, not {value!r}", param=origin
         )
-    return str(_VLLM_NAMES.get(value.lower(), value))
+    lower = value.lower()
+    return str(_VLLM_NAMES.get(lower, lower if lower in frozenset(Method) else value))
 
 
 def _shown(value: Any) -> str:

@@ -26,14 +26,14 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from chatterbox_vllm.errors import ConfigurationError, EngineError
 from chatterbox_vllm.memory import memory
 from chatterbox_vllm.quantization.packing import Stored
-from chatterbox_vllm.quantization.policy import Method
+from chatterbox_vllm.quantization.policy import Method, effective_method
 from chatterbox_vllm.quiet import NEEDLESS
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.generator import T3Generator
-from chatterbox_vllm.t3.methods import CONVERTED, effective_method, method_arguments
+from chatterbox_vllm.t3.methods import CONVERTED, method_arguments
 from chatterbox_vllm.t3.orphans import CORE
 from chatterbox_vllm.t3.prompt import OVERHEAD
 from chatterbox_vllm.t3.worker import EXTENSION

@@ -20,8 +20,7 @@ from typing import Any, Final
 from vllm.platforms import current_platform
 
 from chatterbox_vllm.errors import ConfigurationError, MissingDependency
-from chatterbox_vllm.quantization.packing import Stored
-from chatterbox_vllm.quantization.policy import Method
+from chatterbox_vllm.quantization.policy import Method, without_gpu
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.upstream import PIP
 
@@ -29,30 +28,6 @@ CONVERTED: Final = frozenset({Method.INT8, Method.BNB_8BIT})
 """Methods for which an unquantised checkpoint is converted on first use."""
 _HALF_ONLY: Final = frozenset({Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8, Method.AWQ, Method.FP8})
 """Methods that have no float32 activations on a GPU."""
-_PARAM: Final = "quantization"
-
-
-def effective_method(stored: Stored, asked: str) -> str:
-    """The method by which a checkpoint is served: its own if it is quantised, else the one asked for.
-
-    Raises:
-        ConfigurationError: both are given and differ, or awq is asked of a checkpoint that is not quantised.
-    """
-    if stored.method != Method.NONE:
-        if asked not in (Method.NONE, stored.method):
-            raise ConfigurationError(
-                f"quantization={asked}, but this checkpoint's T3 is {stored.method} already; leave quantization out, "
-                "or give the checkpoint it was made from",
-                param=_PARAM,
-            )
-        return stored.method
-    if asked == Method.AWQ:
-        raise ConfigurationError(
-            "quantization=awq needs a checkpoint made for it: chatterbox-vllm quantize MODEL OUT --method awq, "
-            "then give OUT as the model",
-            param=_PARAM,
-        )
-    return asked
 
 
 def method_arguments(method: str, config: T3Config, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +48,7 @@ def method_arguments(method: str, config: T3Config, given: Mapping[str, Any]) ->
         case Method.BNB_4BIT:
             return _bnb_4bit()
         case Method.BNB_8BIT:
-            _need_gpu(method)
+            _need_gpu(method, stored=getattr(config, "quantization_config", None) is not None)
             return {}
         case Method.INT8:
             return _int8(given.get("linear_backend"))
@@ -126,8 +101,6 @@ def _parallel(given: Mapping[str, Any]) -> int:
     return size if isinstance(size, int) and size > 0 else 1  # anything else is vLLM's to refuse
 
 
-def _need_gpu(method: str) -> None:
+def _need_gpu(method: str, *, stored: bool = False) -> None:
     if current_platform.is_cpu():
-        raise ConfigurationError(
-            f"quantization={method} needs an NVIDIA GPU; on a CPU leave it out, or use int8", param=_PARAM
-        )
+        raise without_gpu(method, stored=stored)
