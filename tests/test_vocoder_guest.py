@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Awaitable, Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from chatterbox_vllm.vocoder import guest
 from chatterbox_vllm.vocoder import host as module
 from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.guest import GuestHost
+from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk, open_utterance
 from chatterbox_vllm.vocoder.worker import VocoderPool
 from tests.vocoder_support import speech, tensors, voice
@@ -58,6 +61,7 @@ def run(scenario: Callable[[VocoderPool], Awaitable[Any]], blueprint: Blueprint,
         if thread.name.startswith("vocoder"):
             thread.join(10)
             assert not thread.is_alive()
+    assert not logging.getLogger("chatterbox_vllm.vocoder").handlers
 
 
 def chunk(seed: int) -> Chunk:
@@ -91,6 +95,27 @@ def test_a_failed_visit_is_repeated(blueprint: Blueprint) -> None:
 
     run(scenario, blueprint, admit)
     assert len(visits) == 3
+
+
+def test_whatever_ends_a_guest_is_told(
+    blueprint: Blueprint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    footprint, calls = Vocoder.footprint, count()
+
+    def failing(self: Vocoder) -> Any:
+        assert next(calls) != 1, "no count today"  # after the first batch
+        return footprint(self)
+
+    monkeypatch.setattr(Vocoder, "footprint", failing)
+
+    async def scenario(pool: VocoderPool) -> None:
+        with pytest.raises(EngineError, match="died with this"):
+            await pool.submit(chunk(0))
+        assert len(await pool.submit(chunk(0)))
+        assert pool.stats.restarts == 1
+
+    run(scenario, blueprint)
+    assert "no count today" in caplog.text
 
 
 def test_a_dead_engine_has_no_guests(blueprint: Blueprint) -> None:

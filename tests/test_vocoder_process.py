@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -25,11 +27,12 @@ from chatterbox_vllm.engine import AsyncChatterbox, Health
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError, EngineDead, EngineError
 from chatterbox_vllm.tts import ChatterboxTTS
 from chatterbox_vllm.vocoder import host as module
+from chatterbox_vllm.vocoder import worker
 from chatterbox_vllm.vocoder.blueprint import Blueprint, best_dtype
 from chatterbox_vllm.vocoder.host import ProcessHost, ThreadHost
 from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk, open_utterance
-from chatterbox_vllm.vocoder.wire import VOICES, Channel, Latest, framed
+from chatterbox_vllm.vocoder.wire import VOICES, Begun, Channel, Latest, framed
 from chatterbox_vllm.vocoder.worker import GONE, RESTARTING, VocoderPool
 from tests.fake_engine import wait_for
 from tests.vocoder_support import Order, Scripted, held, speech, tensors, told, voice
@@ -176,6 +179,77 @@ def test_a_process_that_cannot_start_at_all_says_how_it_ends(folder: Path, monke
     assert (folder / "starts").read_text() == "xx"
 
 
+def no_descriptors() -> None:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
+def test_a_want_of_descriptors_may_pass(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(pool: VocoderPool, hosts: list[ProcessHost]) -> None:
+        with monkeypatch.context() as scarce:
+            scarce.setattr(socket, "socketpair", no_descriptors)
+            kill(hosts[0])
+            while pool.stats.restarts < 2:  # noqa: ASYNC110  # at which it has been tried again
+                await asyncio.sleep(0)
+        assert pool.trouble == RESTARTING
+        assert (await pool.submit(told(Order.COUNT)))[0].item() == 0
+
+    run(scenario, Scripted(folder=folder))
+
+
+def test_a_want_of_descriptors_may_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(socket, "socketpair", no_descriptors)
+        pool = VocoderPool([ProcessHost(Scripted(folder=folder))])
+        pool.start()
+        with pytest.raises(EngineError, match="Too many open files"):
+            await asyncio.wait_for(pool.read(), 10)
+        assert pool.trouble == GONE
+
+    asyncio.run(main())
+
+
+def test_a_process_that_talks_nonsense_is_started_anew(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    garbled: list[Begun] = []
+
+    async def received(*arguments: Any) -> Any:
+        news = await read(*arguments)
+        if isinstance(news, Begun) and not garbled:
+            garbled.append(news)
+            raise pickle.UnpicklingError("invalid load key")
+        return news
+
+    read = module.received
+    monkeypatch.setattr(module, "received", received)
+
+    async def scenario(pool: VocoderPool, _: Any) -> None:
+        assert (await pool.submit(told(Order.COUNT)))[0].item() == 0
+        assert pool.stats.restarts == 1
+
+    run(scenario, Scripted(folder=folder))
+    assert "failed: UnpicklingError: invalid load key; starting it again" in caplog.text
+
+
+def test_a_process_that_is_long_in_ending_gets_no_more_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "import os, time; os._exit = lambda code: time.sleep(60); "
+    monkeypatch.setattr(module, "_PROGRAM", slow + module._PROGRAM)
+    monkeypatch.setattr(module, "GRACE", 60.0)
+    monkeypatch.setattr(module, "_LAST_WORDS", 0.05)
+
+    async def scenario(pool: VocoderPool, hosts: list[ProcessHost]) -> None:
+        with pytest.raises(EngineError, match="illegal memory access"):
+            await pool.submit(told(Order.LOSE_DEVICE))
+        async with asyncio.timeout(10):
+            while pool.trouble != RESTARTING:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert hosts[0].pid is not None
+        assert psutil.pid_exists(hosts[0].pid)
+        monkeypatch.setattr(module, "GRACE", 0.1)
+
+    run(scenario, Scripted(folder=folder))
+
+
 def test_a_wrong_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "s3gen.safetensors"
     save_file({key: tensor for key, tensor in tensors().items() if "encoder_proj.bias" not in key}, wrong)
@@ -238,6 +312,19 @@ def test_a_process_that_hangs_is_killed(folder: Path, monkeypatch: pytest.Monkey
             await waiting
 
     run(scenario, Scripted(folder=folder))
+
+
+def test_the_work_of_a_process_that_hangs_is_done_by_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PATIENCE_ON_CPU", 0.5)
+    monkeypatch.setattr(worker, "TICK", 0.05)
+
+    async def scenario(pool: VocoderPool, hosts: list[ProcessHost]) -> None:
+        assert hosts[0].pid is not None
+        os.kill(hosts[0].pid, signal.SIGSTOP)
+        await asyncio.gather(*(pool.submit(told(Order.COUNT)) for _ in range(4)))
+        assert pool.stats.restarts == 1
+
+    run(scenario, Scripted(folder=folder), Scripted(folder=folder))
 
 
 def test_only_what_a_vocoder_reads_is_sent() -> None:

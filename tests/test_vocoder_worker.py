@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from chatterbox_vllm.errors import CheckpointError, EngineDead, EngineError
-from chatterbox_vllm.vocoder import service
+from chatterbox_vllm.vocoder import service, worker
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.host import ThreadHost
 from chatterbox_vllm.vocoder.service import Service, pick
 from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
-from chatterbox_vllm.vocoder.wire import Limits, Ready, Speak
-from chatterbox_vllm.vocoder.worker import GONE, VocoderPool, VocoderStats
+from chatterbox_vllm.vocoder.wire import Begun, Ended, Failed, Limits, Order, Read, Ready, Speak, Tell
+from chatterbox_vllm.vocoder.worker import GONE, HANGING, VocoderPool, VocoderStats
 from tests.vocoder_support import At, Here, said, speech, vocoder, voice
 
 
@@ -210,6 +212,26 @@ def test_an_error_fails_its_batch_only():
         assert heard(await pool.submit(chunk(bad, 7))) == 7.0
 
     run(scenario)
+
+
+def test_a_failed_batch_leaves_nothing_in_memory(monkeypatch):
+    monkeypatch.setattr(service.logger, "disabled", True)  # pytest keeps what is logged, and its traceback
+    kept = []
+
+    class Failing(Stub):
+        def launch(self, steps):
+            noise = torch.empty(1)
+            kept.append(weakref.ref(noise))
+            raise torch.OutOfMemoryError("no memory")
+
+    own = Service(lambda news: own.close() if isinstance(news, Failed) else None, Limits())
+    own.put(speak(1, 0.0))
+    gc.disable()
+    try:
+        own.run(Failing())
+        assert [each() for each in kept] == [None]
+    finally:
+        gc.enable()
 
 
 def test_what_is_no_number_is_an_error_and_not_silence():
@@ -526,6 +548,96 @@ def test_one_of_two_workers_is_enough():
         await pool.close()
 
     asyncio.run(main())
+
+
+class Idle:
+    """A host that tells what the test has it tell, and does nothing."""
+
+    patience = 0.05
+
+    def start(self, tell: Tell):
+        self.tell, self.orders, self.kills = tell, list[Order](), 0
+        tell(Read())
+
+    def build(self):
+        self.tell(Ready(VocoderFootprint({}, {})))
+
+    def send(self, order: Order):
+        self.orders.append(order)
+
+    def kill(self):
+        self.kills += 1
+        self.tell(Ended(EngineError("killed"), final=False))
+
+    async def end(self):
+        pass
+
+
+def idly(scenario, *hosts):
+    """Runs ``scenario(pool)``; whom that leaves waiting gets nothing."""
+
+    async def main():
+        pool = VocoderPool(hosts)
+        pool.start()
+        await pool.ready()
+        tasks = await asyncio.wait_for(scenario(pool), 20)
+        await pool.close(drain=False)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def numbers(host: Idle) -> list[int]:
+    """The jobs that it was given last."""
+    return [order.job for order in host.orders if isinstance(order, Speak)]
+
+
+def test_a_worker_that_is_back_gets_its_part_of_what_waits():
+    left, right = Idle(), Idle()
+
+    async def scenario(pool):
+        left.tell(Ended(EngineError("x"), final=False))
+        tasks = [asyncio.create_task(pool.submit(chunk(due=-float(number)))) for number in range(5)]
+        await asyncio.sleep(0)
+        assert numbers(right) == [0, 1, 2, 3, 4]
+        right.tell(Begun((0,)))
+        right.orders.clear()
+        left.build()
+        assert (numbers(left), numbers(right)) == ([4, 3, 1], [2])
+        assert pool.waiting == 4
+        return tasks
+
+    idly(scenario, left, right)
+
+
+def test_a_worker_that_hangs_is_trouble_and_then_ended(monkeypatch):
+    monkeypatch.setattr(worker, "TICK", 0.01)
+    left, right = Idle(), Idle()
+
+    async def until(true):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    async def scenario(pool):
+        right.tell(Ended(EngineError("x"), final=False))
+        waiting = asyncio.create_task(pool.submit(chunk()))
+        await until(lambda: pool.trouble == HANGING)
+        waiting.cancel()
+        await until(lambda: pool.trouble is None)
+        running = asyncio.create_task(pool.submit(chunk()))
+        await asyncio.sleep(0)
+        left.tell(Begun((numbers(left)[-1],)))
+        running.cancel()
+        await until(lambda: pool.trouble == HANGING)
+        right.build()
+        assert pool.trouble is None, "one of two is enough"
+        tasks = [asyncio.create_task(pool.submit(chunk())) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert len(numbers(right)) == 2
+        await until(lambda: left.kills == 1)
+        return [waiting, running, *tasks]
+
+    idly(scenario, left, right)
 
 
 def test_news_after_the_loop_s_end_is_no_error():

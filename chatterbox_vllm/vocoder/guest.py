@@ -20,7 +20,7 @@ import torch
 from chatterbox_vllm.errors import ChatterboxError
 from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.host import ProcessHost
-from chatterbox_vllm.vocoder.process import log_through, served
+from chatterbox_vllm.vocoder.process import logged_through, served
 from chatterbox_vllm.vocoder.wire import Channel, Limits, Load, Read, Tell
 
 CONNECT_SECONDS: Final = 10.0
@@ -54,14 +54,8 @@ class GuestHost(ProcessHost):
             end = await _connected(admit)
         except (ChatterboxError, OSError, TimeoutError) as error:
             return f"could not be reached: {error}"
-        self._refusal = None
-        try:
+        with end:
             await self._talk(end)
-        except (EOFError, ConnectionError):
-            pass  # it ended
-        finally:
-            self._writer = None
-            end.close()
         return "ended"
 
 
@@ -86,8 +80,15 @@ def serve(path: str) -> None:
 
 def _serve(end: socket.socket) -> None:
     channel = Channel(end)
-    load: Load = channel.receive()
-    log_through(channel, load.log_level, "chatterbox_vllm.vocoder")
+    try:
+        load: Load = channel.receive()
+        with logged_through(channel, load.log_level, "chatterbox_vllm.vocoder"):
+            _speak(load, channel)
+    finally:
+        channel.close()  # however it ends, somebody waits
+
+
+def _speak(load: Load, channel: Channel) -> None:
     device = torch.device(load.blueprint.device)
     if device.type == "cpu":
         served(load, channel)
@@ -95,4 +96,3 @@ def _serve(end: socket.socket) -> None:
         torch.set_num_threads(1)  # see ``process.main``; T3 computes nothing on the CPU that more would help
         with torch.cuda.stream(torch.cuda.Stream(device)):  # not T3's, so that neither waits for the other's kernels
             served(load, channel)
-    channel.close()

@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from typing import Final, Protocol
 
 from chatterbox_vllm.errors import EngineDead, EngineError
@@ -40,6 +42,13 @@ FIRST_PAUSE: Final = 0.25
 """Seconds before a process is started anew; each further start in a row waits twice as long."""
 GRACE: Final = 5.0
 """Seconds that a process may take to end."""
+PATIENCE: Final = 10.0
+"""Seconds without a word about its work after which a vocoder on a GPU counts as hanging."""
+PATIENCE_ON_CPU: Final = 120.0
+"""There a batch may take that long."""
+_LAST_WORDS: Final = 0.5
+"""Seconds in which a process whose socket is closed may say how it ended; its work does not wait any longer."""
+_LOOK: Final = 0.01
 _READ_AHEAD: Final = 2**22
 """Bytes of a process's answers that are taken off its hands before somebody looks at them."""
 _PROGRAM: Final = (
@@ -50,6 +59,9 @@ _PROGRAM: Final = (
 class Host(Protocol):
     """Runs one ``Service``. All belongs to one event loop, in which ``tell`` is called."""
 
+    patience: float
+    """Seconds for which it may have work and tell nothing, before it counts as hanging."""
+
     def start(self, tell: Tell) -> None:
         """Begins to load what does not disturb T3's loading; tells ``Read`` then. To be called once."""
 
@@ -58,6 +70,9 @@ class Host(Protocol):
 
     def send(self, order: Order) -> None:
         """Passes ``order`` on, if there is somebody to take it; ``Ended`` says when there was not."""
+
+    def kill(self) -> None:
+        """Ends what hangs, where that is possible; ``Ended`` tells of it."""
 
     async def end(self) -> None:
         """Ends it; what it has is not spoken. May be called again."""
@@ -71,6 +86,7 @@ class ThreadHost:
 
     def __init__(self, blueprint: Blueprint, limits: Limits | None = None) -> None:
         self._blueprint = blueprint
+        self.patience = _patience(blueprint)
         self._service = Service(self._tell, limits or Limits())
         self._thread = threading.Thread(target=self._run, name="vocoder", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -84,6 +100,9 @@ class ThreadHost:
 
     def send(self, order: Order) -> None:
         self._service.put(order)
+
+    def kill(self) -> None:
+        """A thread cannot be ended."""
 
     async def end(self) -> None:
         self._service.close()
@@ -118,6 +137,7 @@ class ProcessHost:
     def __init__(self, blueprint: Blueprint, limits: Limits | None = None) -> None:
         self._blueprint = blueprint
         self._limits = limits or Limits()
+        self.patience = _patience(blueprint)
         self._may_build = False
         self._writer: asyncio.StreamWriter | None = None
         self._sent = Latest()
@@ -125,6 +145,7 @@ class ProcessHost:
         self._refusal: Exception | None = None
         self._was_ready = False
         self._fruitless = 0
+        self._process: subprocess.Popen[bytes] | None = None
         self.pid: int | None = None
 
     def start(self, tell: Tell) -> None:
@@ -138,46 +159,59 @@ class ProcessHost:
     def send(self, order: Order) -> None:
         self._send(order)
 
+    def kill(self) -> None:
+        if self._process is not None and self._writer is not None:
+            logger.error("the vocoder's process hangs; killing it")
+            self._process.kill()
+            self._writer.transport.abort()  # one that hangs in a driver may not end for all that
+
     async def end(self) -> None:
         if self._life is not None:
             self._life.cancel()
             await asyncio.wait([self._life])
+            await self._bury()  # which may be what was cancelled
 
     async def _live(self) -> None:
         """Keeps a process running."""
-        while True:
+        try:
+            while True:
+                error = await self._one_end()
+                self._fruitless += 1
+                final = self._fruitless >= STARTS or (self._refusal is not None and not self._was_ready)
+                self._heard(Ended(error, final=final))
+                if final:
+                    return
+                await self._bury()  # the next one needs its memory
+                await asyncio.sleep(FIRST_PAUSE * 2 ** (self._fruitless - 1))
+        finally:
+            await self._bury()
+
+    async def _one_end(self) -> Exception:
+        """Runs a process until it ends, or cannot be started or understood, and says why."""
+        self._refusal = None
+        try:
             how = await self._one_process()
-            self._fruitless += 1
-            error = self._refusal or EngineError(f"the vocoder's process {how}")
-            if self._fruitless >= STARTS or (self._refusal is not None and not self._was_ready):
-                self._heard(Ended(error, final=True))
-                return
-            self._heard(Ended(error, final=False))
-            await asyncio.sleep(FIRST_PAUSE * 2 ** (self._fruitless - 1))
+        except Exception as error:
+            # Whatever it is, many wait to be told of it.
+            logger.exception("the vocoder's process cannot be kept")
+            how = f"failed: {type(error).__name__}: {error}"
+        return self._refusal or EngineError(f"the vocoder's process {how}")
 
     async def _one_process(self) -> str:
-        """Starts a process and passes on what it tells; says what became of it."""
+        """Starts a process and passes on what it tells; says what became of it, as far as that is known soon."""
         ours, theirs = socket.socketpair()
-        try:
-            process = _started(theirs.fileno())
-        except OSError as error:
-            ours.close()
-            return f"could not be started: {error}"
-        finally:
-            theirs.close()
-        self.pid, self._refusal = process.pid, None
-        try:
+        with ours:
+            with theirs:
+                self._process = _started(theirs.fileno())
+            self.pid = self._process.pid
             await self._talk(ours)
-        except (EOFError, ConnectionError):
-            pass  # it ended
-        finally:
-            self._writer = None
-            ours.close()
-            code = await asyncio.to_thread(_reaped, process)
+        code = await _exit_code(self._process, _LAST_WORDS)
+        if code is None:
+            return "is ending"
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     async def _talk(self, end: socket.socket) -> None:
-        """Until the process ends, which raises."""
+        """Passes on what the process tells, until it closes its end."""
         reader, writer = await asyncio.open_unix_connection(sock=end, limit=_READ_AHEAD)
         self._writer, self._sent, voices = writer, Latest(), Latest()
         try:
@@ -185,10 +219,20 @@ class ProcessHost:
             self._send(Load(self._blueprint, self._limits, level))
             if self._may_build:
                 self._send(Build())
-            while True:
-                self._listen(await received(reader, voices))
+            with suppress(EOFError, ConnectionError):
+                while True:
+                    self._listen(await received(reader, voices))
         finally:
+            self._writer = None
             writer.transport.abort()
+
+    async def _bury(self) -> None:
+        """Waits for the end of a process whose socket is closed, if there is one."""
+        process = self._process
+        if process is not None and await _exit_code(process, GRACE) is None:
+            process.kill()
+            await _exit_code(process, GRACE)
+        self._process = None
 
     def _send(self, message: Load | Build | Order) -> None:
         if self._writer is not None and not self._writer.is_closing():
@@ -217,10 +261,13 @@ def _started(end: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _reaped(process: subprocess.Popen[bytes]) -> int:
-    """Waits for the end of a process whose socket is closed; its exit code, or minus the signal that killed it."""
-    try:
-        return process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+async def _exit_code(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """A process's exit code, or minus the signal that killed it; None if it has not ended in time."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:  # noqa: ASYNC110  # ``wait`` does so, too, on a thread
+        await asyncio.sleep(_LOOK)
+    return process.returncode
+
+
+def _patience(blueprint: Blueprint) -> float:
+    return PATIENCE_ON_CPU if blueprint.device == "cpu" else PATIENCE

@@ -12,8 +12,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from logging.handlers import QueueHandler
 from pathlib import Path
 from typing import Final, NoReturn
@@ -24,6 +24,8 @@ from chatterbox_vllm.errors import CheckpointError, ConfigurationError, EngineEr
 from chatterbox_vllm.vocoder.service import DEVICE_LOST, Service
 from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.wire import Build, Channel, Load, Logged, Read, Ready, Refused
+
+logger: Final = logging.getLogger(__name__)
 
 _FAILED: Final = 1
 _NAME_BYTES: Final = 15
@@ -47,10 +49,10 @@ def main(end: int) -> None:
         # H200's host 130 ms of a batch's 300.
         torch.set_num_threads(1)
     _take_name(f"vocoder {load.blueprint.device}")
-    log_through(channel, load.log_level)
-    # In the middle of a batch, too: nobody waits for it.
-    if not served(load, channel, ended=lambda: os._exit(0)):
-        _leave(channel)
+    with logged_through(channel, load.log_level):
+        # In the middle of a batch, too: nobody waits for it.
+        if not served(load, channel, ended=lambda: os._exit(0)):
+            _leave(channel)
 
 
 def served(load: Load, channel: Channel, *, ended: Callable[[], object] | None = None) -> bool:
@@ -70,10 +72,13 @@ def served(load: Load, channel: Channel, *, ended: Callable[[], object] | None =
     except Exception as error:  # noqa: BLE001  # told to whoever waits
         channel.send(Refused(_portable(error)))
         return False
-    channel.send(Ready(vocoder.footprint()))
     try:
+        channel.send(Ready(vocoder.footprint()))
         service.run(vocoder)
     except DEVICE_LOST:
+        return False
+    except Exception:
+        logger.exception("the vocoder ends by an error outside of its batches")
         return False
     return True
 
@@ -128,7 +133,13 @@ class _Sender(QueueHandler):
         self._channel.send(Logged(record))
 
 
-def log_through(channel: Channel, level: int, name: str = "") -> None:
-    """Has what the logger ``name``, by default every one, is told logged at the other end of ``channel``."""
-    logging.getLogger(name).addHandler(_Sender(channel))
+@contextmanager
+def logged_through(channel: Channel, level: int, name: str = "") -> Iterator[None]:
+    """Has what the logger ``name``, by default every one, is told meanwhile logged at the other end of ``channel``."""
+    log, sender = logging.getLogger(name), _Sender(channel)
+    log.addHandler(sender)
     logging.getLogger("chatterbox_vllm").setLevel(level)
+    try:
+        yield
+    finally:
+        log.removeHandler(sender)

@@ -162,7 +162,11 @@ class _Batch:
     def arrive(self) -> list[Said]:
         """Waits for what its jobs say."""
         if self._sounding is None:
-            raise self._error or EngineError("a batch was not launched")
+            error, self._error = self._error or EngineError("a batch was not launched"), None
+            try:
+                raise error
+            finally:
+                del error  # its traceback has the batch's tensors, and this frame: they would keep each other
         return self._sounding.arrive()
 
 

@@ -27,10 +27,15 @@ from chatterbox_vllm.vocoder.wire import Begun, Drop, Ended, Failed, News, Read,
 
 logger: Final = logging.getLogger(__name__)
 
-GONE: Final = "the vocoder has died; restart the server"
+GONE: Final = "the vocoder has died"
 RESTARTING: Final = "the vocoder is restarting"
+HANGING: Final = "the vocoder does not answer"
 MOVES: Final = 3
 """A chunk that was in the queues of so many workers that died is given up: it may be what they died of."""
+TOO_LONG: Final = 3
+"""A worker that tells nothing for so many times its host's patience is ended."""
+TICK: Final = 1.0
+"""Seconds between two looks at who tells nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,13 @@ class _Job:
 
 @dataclass(eq=False)
 class _Worker:
-    """One host, and what it was given."""
+    """One host, and what it was given.
+
+    Args:
+        runs: a batch of it runs, though its clients may have left.
+        silence: ticks in which it had something to do and told nothing. By the clock, it would be blamed when the event
+            loop stood still.
+    """
 
     host: Host
     read: asyncio.Future[None]
@@ -82,6 +93,12 @@ class _Worker:
     up: bool = False
     dead: bool = False
     footprint: VocoderFootprint | None = None
+    runs: bool = False
+    silence: int = 0
+
+    @property
+    def hangs(self) -> bool:
+        return self.silence * TICK >= self.host.patience
 
     @property
     def frames(self) -> int:
@@ -109,6 +126,7 @@ class VocoderPool:
         self._homeless: dict[int, _Job] = {}
         self._speaking: set[Utterance] = set()
         self._stats = VocoderStats()
+        self._watching: asyncio.TimerHandle | None = None
         self._closing = False
 
     @property
@@ -131,7 +149,10 @@ class VocoderPool:
         """Why no chunk can be spoken now; None if it can."""
         if not self.is_alive:
             return GONE
-        return None if any(worker.up for worker in self._workers) else RESTARTING
+        up = [worker for worker in self._workers if worker.up]
+        if not up:
+            return RESTARTING
+        return HANGING if all(worker.hangs for worker in up) else None
 
     @property
     def is_alive(self) -> bool:
@@ -148,6 +169,7 @@ class VocoderPool:
         self._workers = [_Worker(host, loop.create_future(), loop.create_future()) for host in self._hosts]
         for worker in self._workers:
             worker.host.start(partial(self._heard, worker))
+        self._watch()
 
     async def read(self) -> None:
         """Waits until that is done.
@@ -202,6 +224,8 @@ class VocoderPool:
         if running:
             await asyncio.wait(running, timeout=None if drain else GRACE)
         await asyncio.gather(*(worker.host.end() for worker in self._workers))
+        if self._watching is not None:
+            self._watching.cancel()
         for job in self._jobs():
             job.fail(EngineDead("the vocoder has ended"))
 
@@ -221,10 +245,10 @@ class VocoderPool:
         return [*self._homeless.values(), *(job for worker in self._workers for job in worker.jobs.values())]
 
     def _place(self, job: _Job) -> None:
-        """Gives a job to the worker that has least to do."""
+        """Gives a job to the worker that has least to do; to one that hangs only if all do."""
         up = [worker for worker in self._workers if worker.up]
         if up:
-            worker = min(up, key=lambda worker: worker.frames)
+            worker = min(up, key=lambda worker: (worker.hangs, worker.frames))
             worker.jobs[job.speak.job] = job
             worker.host.send(job.speak)
         elif self._has_workers:
@@ -245,7 +269,16 @@ class VocoderPool:
             if not job.begun:
                 job.fail(error)
 
+    def _watch(self) -> None:
+        """Notes who tells nothing, and ends who does so for too long."""
+        for worker in self._workers:
+            worker.silence = worker.silence + 1 if worker.jobs or worker.runs else 0
+            if worker.silence * TICK >= TOO_LONG * worker.host.patience:
+                worker.host.kill()
+        self._watching = asyncio.get_running_loop().call_later(TICK, self._watch)
+
     def _heard(self, worker: _Worker, news: News) -> None:
+        worker.runs, worker.silence = isinstance(news, Begun), 0
         match news:
             case Read():
                 _settle(worker.read)
@@ -266,9 +299,12 @@ class VocoderPool:
                     job.fail(EngineError(f"the vocoder failed: {reason}"))
 
     def _up(self, worker: _Worker) -> None:
+        """Shares out again what has not begun. What has, and has not told so yet, is spoken twice and heard once."""
         worker.up = True
-        waiting, self._homeless = self._homeless, {}
-        for job in waiting.values():
+        waiting = [job for job in self._jobs() if not job.begun]
+        for job in waiting:
+            self._forget(job.speak.job)
+        for job in sorted(waiting, key=lambda job: job.speak.due):
             self._place(job)
 
     def _spoken(self, worker: _Worker, news: Spoken) -> None:
