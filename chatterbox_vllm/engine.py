@@ -174,7 +174,7 @@ class AsyncChatterbox:
             mps=mps,
             budget=None if vram_budget is None else parse_bytes(vram_budget),
         )
-        setup = await asyncio.to_thread(settled, setup)
+        setup = await asyncio.to_thread(settled, setup, strict=strict_quantization)
         # What takes no time comes first, so that its errors do, too.
         voices = _voices(setup, voices_dir)
         await asyncio.to_thread(voices.check)

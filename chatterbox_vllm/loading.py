@@ -105,8 +105,11 @@ class Stages:
             await asyncio.to_thread(self.sharing.stop)
 
 
-def settled(setup: Setup) -> Setup:
+def settled(setup: Setup, *, strict: bool = False) -> Setup:
     """``setup`` with what its device, its budget and the strategy ``auto`` decide.
+
+    Args:
+        strict: raise where a CPU would have int8 in place of a strategy's methods.
 
     Raises:
         ConfigurationError: the device cannot have the policy, or the budget cannot hold it; says by how much.
@@ -115,7 +118,7 @@ def settled(setup: Setup) -> Setup:
         if setup.budget is not None:
             raise ConfigurationError("vram_budget is a GPU's; leave it out on a CPU", param="vram_budget")
         auto = setup.policy.strategy == QuantizationStrategy.AUTO
-        policy = NONE if auto else setup.policy.on_cpu()
+        policy = NONE if auto else setup.policy.on_cpu(strict=strict)
         return replace(setup, policy=policy, t3={"max_num_seqs": 32, **setup.t3})
     if setup.budget is not None:
         return _planned(setup, setup.budget)

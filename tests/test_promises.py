@@ -422,7 +422,7 @@ def test_c_from_pretrained_quantized_on_a_cpu(
     from chatterbox_vllm.tts import ChatterboxTTS
 
     with pytest.raises(EngineError):
-        ChatterboxTTS.from_pretrained_quantized(device="cpu", quantization_strategy=strategy, strict_quantization=True)
+        ChatterboxTTS.from_pretrained_quantized(device="cpu", quantization_strategy=strategy)
     assert [started.attempts[0][name] for name in ("method", "flow_encoder", "estimator")] == ["int8"] * 3
     is_changed = STRATEGIES[strategy].t3 != "int8"
     assert (f"the strategy {strategy} needs an NVIDIA GPU" in caplog.text) == is_changed
@@ -508,8 +508,11 @@ def test_c_a_strategy_that_fails_gives_way_to_the_next(started: Started, caplog:
 def test_c_strictly_a_failure_is_an_error(started: Started) -> None:
     from chatterbox_vllm.tts import ChatterboxTTS
 
-    strict = {"quantization_strategy": "aggressive", "strict_quantization": True}
-    started.by(ChatterboxTTS.from_pretrained_quantized, device="cpu", **strict)
+    strict = {"device": "cpu", "strict_quantization": True}
+    started.by(ChatterboxTTS.from_pretrained_quantized, quantization_strategy="conservative", **strict)
+    assert len(started.attempts) == 1
+    with pytest.raises(ConfigurationError, match="needs an NVIDIA GPU"):
+        ChatterboxTTS.from_pretrained_quantized(quantization_strategy="aggressive", **strict)
     assert len(started.attempts) == 1
 
 

@@ -65,7 +65,7 @@ def _quantisation(settings: Settings, on_cpu: bool) -> Iterator[Finding]:
         return
     while True:
         try:
-            _check(policy.on_cpu() if on_cpu else policy, stored, on_cpu)
+            _check(policy.on_cpu(strict=settings.strict_quantization) if on_cpu else policy, stored, on_cpu)
         except (ConfigurationError, MissingDependency) as problem:
             remedy = problem.command if isinstance(problem, MissingDependency) else correct(problem.param)
             weaker = policy.weaker()

@@ -116,16 +116,16 @@ class Policy:
         used = {method for method in self.methods.values() if method != Method.NONE}
         return used.pop() if len(used) == 1 else "mixed" if used else str(Method.NONE)
 
-    def on_cpu(self) -> Self:
+    def on_cpu(self, *, strict: bool = False) -> Self:
         """What of it a CPU can do: a strategy's 8-bit parts become int8, its 4-bit parts, too.
 
         Raises:
-            ConfigurationError: a method was asked for by name that needs an NVIDIA GPU.
+            ConfigurationError: a method that needs an NVIDIA GPU was named or, if ``strict``, is a strategy's.
         """
         gpu_only = {name: method for name, method in self.methods.items() if method in GPU_ONLY}
         if not gpu_only:
             return self
-        if self.strategy is None:
+        if self.strategy is None or strict:
             name, method = next(iter(gpu_only.items()))
             raise ConfigurationError(
                 f"{method} ({name}) needs an NVIDIA GPU; on a CPU leave it out, or use int8", param="quantization"
