@@ -104,7 +104,7 @@ def test_a_killed_engine_comes_back_and_dies_with_a_killed_server(
         assert client.post("/v1/audio/speech", json=SPOKEN).status_code == 200
         others = server.others
         server.process.kill()
-        wait_for(lambda: not any(process.is_running() for process in others))
+        wait_for(lambda: not any(process.is_running() for process in others), seconds=15)
 
 
 def test_a_sigterm_while_it_loads_ends_all_processes(demo: Checkpoint, cache: Path, tmp_path: Path) -> None:
@@ -113,4 +113,5 @@ def test_a_sigterm_while_it_loads_ends_all_processes(demo: Checkpoint, cache: Pa
         others = server.others
         server.process.terminate()
         assert server.process.wait(15) == 0, server.log.read_text()
-        wait_for(lambda: not any(process.is_running() for process in others))
+        # One that vLLM starts at that moment notices when it has imported everything.
+        wait_for(lambda: not any(process.is_running() for process in others), seconds=30)

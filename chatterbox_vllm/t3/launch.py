@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from vllm import AsyncEngineArgs, envs
 from vllm.platforms import current_platform
+from vllm.utils.system_utils import kill_process_tree
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from chatterbox_vllm.errors import ConfigurationError, EngineError
@@ -183,8 +184,8 @@ def _ended_if(unwanted: Event) -> Iterator[None]:
         while not over.wait(_LOOK):
             if unwanted.is_set():
                 for child in multiprocessing.active_children():
-                    if child.name.startswith(CORE) and child.pid not in others:
-                        child.kill()
+                    if child.name.startswith(CORE) and child.pid is not None and child.pid not in others:
+                        kill_process_tree(child.pid)
 
     looking = Thread(target=look, name="unwanted", daemon=True)
     looking.start()
