@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import httpx
 import pytest
 
@@ -15,16 +18,22 @@ GOOD = {"model": "chatterbox", "input": "Hello.", "response_format": "pcm"}
 
 def test_a_dead_engine_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     engines: list[FakeChatterbox] = []
+    may_start = threading.Event()
+    may_start.set()
 
     async def start(_settings: Settings) -> FakeChatterbox:
+        await asyncio.to_thread(may_start.wait)
         engines.append(FakeChatterbox())
         return engines[-1]
 
     monkeypatch.setattr(app, "_engine", start)
     with running(None) as server, httpx.Client(base_url=server.url) as client:
         wait_for(lambda: client.get("/ready").status_code == 200)
+        may_start.clear()
         engines[0].dead = True
         assert client.get("/ready").status_code == 503
+        wait_for(lambda: client.get("/health").json()["status"] == "starting")
+        may_start.set()
         wait_for(lambda: client.get("/ready").status_code == 200)
         assert client.post("/v1/audio/speech", json=GOOD).status_code == 200
         assert len(engines) == 2
