@@ -21,6 +21,7 @@ from chatterbox_vllm.costs import BLOCK, MIB, Choice, Demand, Item, cache_bytes,
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.estimate import Estimate, QuantizationMemoryEstimator
 from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Method, Policy, QuantizationStrategy
+from chatterbox_vllm.t3.graph_sizes import LARGEST, graph_sizes
 from chatterbox_vllm.types import MAX_MODEL_LEN
 from chatterbox_vllm.vocoder.stage import MAX_FRAMES
 
@@ -33,7 +34,6 @@ _MOST_TOKENS: Final = 2_048
 """Of T3 in one step; vLLM's default."""
 _PROMPT_TOKENS: Final = 128
 """Of a usual prompt: a step need not hold more of them than there are requests."""
-_LARGEST_GRAPH: Final = 512
 _BATCHES: Final = tuple(2**power for power in range(8, -1, -1))
 """What ``max_batch_size`` may be when it is left open."""
 _UNITS: Final[Mapping[str, int]] = MappingProxyType(
@@ -177,7 +177,7 @@ class _Sum:
 
     def least(self, batch: int) -> Choice:
         """The least that works: graphs for batches that double, one utterance at a time in the vocoder."""
-        largest = min(batch, _LARGEST_GRAPH)
+        largest = min(batch, LARGEST)
         return Choice(
             batch=batch,
             tokens=max(_FEWEST_TOKENS, batch),
@@ -240,8 +240,7 @@ def _more_tokens(choice: Choice) -> Choice:
 
 def _more_graphs(choice: Choice) -> Choice:
     """vLLM's own sizes, so that batches are padded less."""
-    sizes = {*range(8, 257, 8), *range(256, _LARGEST_GRAPH + 1, 16)}
-    return replace(choice, graphs=tuple(sorted({*choice.graphs, *(size for size in sizes if size <= choice.batch)})))
+    return replace(choice, graphs=tuple(sorted({*choice.graphs, *graph_sizes(choice.batch)})))
 
 
 def _with_own_process(choice: Choice) -> Choice:

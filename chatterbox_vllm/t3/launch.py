@@ -34,6 +34,7 @@ from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.generator import T3Generator
+from chatterbox_vllm.t3.graph_sizes import graph_sizes
 from chatterbox_vllm.t3.methods import CONVERTED, method_arguments
 from chatterbox_vllm.t3.orphans import CORE
 from chatterbox_vllm.t3.prompt import OVERHEAD
@@ -54,7 +55,6 @@ _GRAPHS = {"compilation_config", "cudagraph_capture_sizes", "max_cudagraph_captu
 _REQUESTS = 256
 _PROMPT = 256
 """Positions of a step for which there is always a graph: a prompt has ``OVERHEAD``, and its text about one a letter."""
-_LARGEST_GRAPH = 512
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
 _NO_SHARE = 0.001
@@ -156,7 +156,8 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
     elif _has_step_graphs() and not _GRAPHS & given.keys():
         defaults["compilation_config"] = {"cudagraph_mode": "FULL"}
-        defaults["cudagraph_capture_sizes"] = _graph_sizes(given.get("max_num_seqs", _REQUESTS))
+        # As many as vLLM's, and beside few requests those that a prompt fits into.
+        defaults["cudagraph_capture_sizes"] = graph_sizes(max(2 * given.get("max_num_seqs", _REQUESTS), _PROMPT))
     if not current_platform.is_cpu() and given.get("kv_cache_memory_bytes") is not None:
         # The cache's size is settled; a share of the card would only be compared with what is free at the start.
         of_method["gpu_memory_utilization"] = _NO_SHARE
@@ -166,12 +167,6 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
 def _has_step_graphs() -> bool:
     """Whether a step that reads prompts can be one graph, which takes FlashAttention 3, and ``graphs.StepGraphs``."""
     return current_platform.is_device_capability_family(90) and envs.VLLM_USE_V2_MODEL_RUNNER is not False
-
-
-def _graph_sizes(requests: int) -> list[int]:
-    """Of steps, in positions: vLLM's choice, and beside few requests graphs that a prompt fits into."""
-    most = min(max(2 * requests, _PROMPT), _LARGEST_GRAPH)
-    return [size for size in (1, 2, 4, *range(8, 256, 8), *range(256, _LARGEST_GRAPH + 1, 16)) if size <= most]
 
 
 @contextmanager
