@@ -93,7 +93,7 @@ async def our_tokens(arguments: argparse.Namespace, asked: list[Prompt], voice: 
             temperature=0.0, cfg_weight=cfg_weight, exaggeration=exaggeration, max_tokens=arguments.tokens
         )
         async with limit:
-            return [i async for new in t3.tokens(text, voice, options, incremental=False) for i in new]
+            return [i async for new in t3.tokens(text, voice, options, interval=None) for i in new]
 
     try:
         return list(await asyncio.gather(*(one(*prompt) for prompt in asked)))

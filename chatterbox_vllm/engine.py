@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from chatterbox_vllm.budget import parse_bytes
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.errors import ConfigurationError, EngineDead, EngineError
 from chatterbox_vllm.loading import Setup, Stages, components_of, load, log_applied, settled
-from chatterbox_vllm.parts import Part, speaking, together, vocoded, vocoded_whole
+from chatterbox_vllm.parts import speaking, together, vocoded, vocoded_whole
 from chatterbox_vllm.quantization.policy import Policy
 from chatterbox_vllm.t3.generator import STALLED_SECONDS
+from chatterbox_vllm.t3.prompt import STREAM_INTERVAL
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.text.tokenise import load_tokenizer
@@ -280,9 +281,10 @@ class AsyncChatterbox:
         mark = WatermarkStream(self._watermarker) if self._watermarker else None
         spoken, playback = False, Playback()
         with self._admitted(), self._streaming():
-            async with self._speaking(request) as parts:
-                # Who gives a seed wants the same sound in any company.
-                alone = self._streams == 1 and request.options.seed is None
+            texts = await self._prepared(request)
+            # Who gives a seed wants the same sound in any company.
+            alone = self._streams == 1 and request.options.seed is None
+            async with speaking(self._t3, texts, request, interval=STREAM_INTERVAL, alone=alone) as parts:
                 for part in parts:
                     async with aclosing(vocoded(self._worker, part, self._schedule, playback, alone=alone)) as chunks:
                         alone = False  # the parts that follow are not waited for
@@ -300,7 +302,8 @@ class AsyncChatterbox:
     async def speak(self, request: SpeechRequest) -> Samples:
         """The whole sound: float32 (n,) at 24 kHz."""
         with self._admitted():
-            async with self._speaking(request, incremental=False) as parts:
+            texts = await self._prepared(request)
+            async with speaking(self._t3, texts, request, interval=None) as parts:
                 spoken = await together([vocoded_whole(self._worker, part) for part in parts])
             samples = np.concatenate([each.numpy() for each in spoken])
             if not len(samples):
@@ -315,7 +318,7 @@ class AsyncChatterbox:
         """
         with self._admitted():
             text = await asyncio.to_thread(self._frontend.one, request.text, request.language)
-            tokens = self._t3.tokens(text, request.voice, request.options, incremental=False, min_tokens=min_tokens)
+            tokens = self._t3.tokens(text, request.voice, request.options, interval=None, min_tokens=min_tokens)
             async with aclosing(tokens):
                 return [i async for new in tokens for i in new]
 
@@ -359,18 +362,15 @@ class AsyncChatterbox:
         finally:
             self._streams -= 1
 
-    @asynccontextmanager
-    async def _speaking(self, request: SpeechRequest, *, incremental: bool = True) -> AsyncIterator[list[Part]]:
-        """The parts of the text, of which T3 speaks every one."""
-        texts = await asyncio.to_thread(
+    async def _prepared(self, request: SpeechRequest) -> list[list[int]]:
+        """The text's parts, as T3's tokens."""
+        return await asyncio.to_thread(
             self._frontend.prepare,
             request.text,
             request.language,
             max_characters=self._max_chunk_length,
             max_tokens=min(self._t3.max_text_tokens, MAX_TEXT_TOKENS),
         )
-        async with speaking(self._t3, texts, request, incremental=incremental) as parts:
-            yield parts
 
 
 def _weights(vocoder: VocoderFootprint) -> int:

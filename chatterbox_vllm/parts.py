@@ -1,27 +1,35 @@
 """The parts of one request, each an utterance, on their way through T3 and the vocoder.
 
 T3 speaks all of them at once. A stream's are vocoded in order, in chunks, while tokens still come; a whole file's each
-in one piece, when its tokens are complete.
+in one piece, when its tokens are complete. A stream's first sound waits until a player would not run dry after it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, Final, TypeVar
 
 import torch
 
 from chatterbox_vllm.t3.generator import T3Generator
+from chatterbox_vllm.t3.prompt import LONE_INTERVAL
 from chatterbox_vllm.types import SPOKEN_TOKENS, SpeechRequest
+from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
+from chatterbox_vllm.vocoder.pace import Arrivals, Pace
+from chatterbox_vllm.vocoder.prompts import usable_tokens
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback, due_of_file
 from chatterbox_vllm.vocoder.utterance import Chunk, Utterance, open_utterance
 from chatterbox_vllm.vocoder.worker import VocoderPool
 
 T = TypeVar("T")
+TOKENS_PER_ID: Final = 4
+"""Speech tokens that a text's token is expected to become, at most: mostly it is about three."""
 
 
 @dataclass(eq=False)
@@ -33,6 +41,7 @@ class Part:
         request: of which it is a part.
         seed: its own.
         tokens: speech tokens, as T3 gives them, then None.
+        arrivals: when those came.
         task: puts them there; raises what T3 raises.
     """
 
@@ -40,12 +49,20 @@ class Part:
     request: SpeechRequest
     seed: int
     tokens: asyncio.Queue[list[int] | None] = field(default_factory=asyncio.Queue)
+    arrivals: Arrivals = field(default_factory=Arrivals)
     task: asyncio.Task[None] | None = None
 
     def open(self) -> Utterance:
         """Its state in the vocoder."""
         options = self.request.options
         return open_utterance(self.request.voice, seed=self.seed, diffusion_steps=options.diffusion_steps)
+
+    @property
+    def expected(self) -> int:
+        """Speech tokens it will have, as far as is known."""
+        if self.arrivals.complete:
+            return self.arrivals.count
+        return max(self.arrivals.count, min(self.request.options.max_tokens, TOKENS_PER_ID * len(self.text)))
 
     async def take(self) -> tuple[list[int], bool]:
         """Waits for tokens and takes all there are; True with the last ones. Raises what T3 raised."""
@@ -63,7 +80,7 @@ class Part:
 
 @asynccontextmanager
 async def speaking(
-    t3: T3Generator, texts: Sequence[list[int]], request: SpeechRequest, *, incremental: bool
+    t3: T3Generator, texts: Sequence[list[int]], request: SpeechRequest, *, interval: int | None, alone: bool = False
 ) -> AsyncIterator[list[Part]]:
     """Starts T3 on every part; on the way out, whatever still runs is aborted.
 
@@ -71,13 +88,15 @@ async def speaking(
         t3: speaks.
         texts: tokens of each part's text.
         request: whose text it is.
-        incremental: whether tokens are wanted as they come, or all at the end.
+        interval: tokens between deliveries; None: all at the end.
+        alone: no other stream runs: the first part's tokens are delivered one by one.
     """
     seed = request.options.seed if request.options.seed is not None else secrets.randbits(62)
     parts = [Part(text, request, (seed + index) % 2**63) for index, text in enumerate(texts)]
     try:
-        for part in parts:
-            part.task = asyncio.create_task(_generate(t3, part, incremental=incremental))
+        for index, part in enumerate(parts):
+            told = LONE_INTERVAL if alone and index == 0 else interval
+            part.task = asyncio.create_task(_generate(t3, part, interval=told))
         yield parts
     finally:
         tasks = [part.task for part in parts if part.task is not None]
@@ -86,16 +105,19 @@ async def speaking(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _generate(t3: T3Generator, part: Part, *, incremental: bool) -> None:
+async def _generate(t3: T3Generator, part: Part, *, interval: int | None) -> None:
     """Moves T3's tokens into the part's queue, less what is no sound (upstream's ``drop_invalid_tokens``)."""
     options = part.request.options
     if options.seed is not None:
         options = options.but(seed=part.seed)
-    tokens = t3.tokens(part.text, part.request.voice, options, incremental=incremental)
+    tokens = t3.tokens(part.text, part.request.voice, options, interval=interval)
     try:
         async with aclosing(tokens):
             async for new in tokens:
-                part.tokens.put_nowait([i for i in new if i < SPOKEN_TOKENS])
+                spoken = [i for i in new if i < SPOKEN_TOKENS]
+                part.arrivals.note(len(spoken))
+                part.tokens.put_nowait(spoken)
+        part.arrivals.complete = True
     finally:
         part.tokens.put_nowait(None)
 
@@ -105,7 +127,8 @@ async def vocoded(
 ) -> AsyncGenerator[torch.Tensor, None]:
     """A part's sound in growing chunks, (n,) float32 each, while its tokens still come.
 
-    How fast they come does not decide where they are cut: so a stream with a seed can be repeated.
+    How fast they come does not decide where they are cut: so a stream with a seed can be repeated. It decides when the
+    stream's first sound is handed out: when by this part's pace a player that starts then does not run dry.
 
     Args:
         vocoder: makes it.
@@ -114,20 +137,40 @@ async def vocoded(
         playback: of the stream, by which chunks are due.
         alone: whether no other stream runs, so that the first chunk may be smaller.
     """
-    state, waiting, complete = part.open(), list[int](), False
-    for size in schedule.sizes(alone=alone):
+    state, waiting, complete, held = part.open(), list[int](), False, list[torch.Tensor]()
+    for count, size in enumerate(schedule.sizes(alone=alone), start=1):
         while len(waiting) < size and not complete:
             new, complete = await part.take()
             waiting += new
         # Tokens that end exactly with a chunk are followed by an empty one, however soon the end is known.
         final = len(waiting) < size
-        samples = await vocoder.submit(Chunk(state, _ids(waiting[:size]), final=final, due=playback.due))
-        playback.delivered(len(samples))
-        if len(samples):
-            yield samples
+        began = time.monotonic()
+        held.append(await vocoder.submit(Chunk(state, _ids(waiting[:size]), final=final, due=playback.due)))
+        seconds = time.monotonic() - began
+        following = islice(schedule.sizes(alone=alone), count, None)
+        if final or playback.has_begun or _lasts(part, following, spoken=len(state.tokens), seconds=seconds):
+            for samples in held:
+                playback.delivered(len(samples))
+                if len(samples):
+                    yield samples
+            held = []
         if final:
             return
         waiting = waiting[size:]
+
+
+def _lasts(part: Part, sizes: Iterable[int], *, spoken: int, seconds: float) -> bool:
+    """Whether a player that starts now would not run dry.
+
+    Args:
+        part: the stream's first.
+        sizes: of its chunks that follow.
+        spoken: its tokens whose chunks are answered.
+        seconds: that the latest chunk took in the vocoder.
+    """
+    recording = usable_tokens(part.request.voice)
+    pace = Pace(part.arrivals.seconds_per_token, seconds / (FRAMES_PER_TOKEN * (recording + spoken)))
+    return pace.lasts(sizes, spoken=spoken, arrivals=part.arrivals, expected=part.expected, recording=recording)
 
 
 async def vocoded_whole(vocoder: VocoderPool, part: Part) -> torch.Tensor:

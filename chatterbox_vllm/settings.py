@@ -208,7 +208,7 @@ class Settings(BaseModel):
         26, ge=1, le=MAX_SPEECH_TOKENS, description="speech tokens in a stream's first piece"
     )
     lone_chunk_tokens: int = Field(
-        16,
+        15,
         ge=1,
         le=MAX_SPEECH_TOKENS,
         description="the same for its first two pieces each, if it is the only stream and has no seed",

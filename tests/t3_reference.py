@@ -158,7 +158,7 @@ class InProcessT3:
                     weight_steps(request.cfg_weight),
                     f"{request.voice.digest}:{request.exaggeration}",
                 ),
-                sampling_params(options, max_tokens=options.max_tokens, incremental=False),
+                sampling_params(options, max_tokens=options.max_tokens, interval=None),
             )
         done: dict[str, list[int]] = {}
         while self._engine.has_unfinished_requests():

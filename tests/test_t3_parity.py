@@ -83,7 +83,7 @@ def test_tensor_parallel(english: Any, cache: Path, monkeypatch: pytest.MonkeyPa
 
     async def one(t3: T3Generator, request: Request) -> list[int]:
         options = GREEDY.but(cfg_weight=request.cfg_weight, exaggeration=request.exaggeration)
-        return [i async for new in t3.tokens(request.text, request.voice, options, incremental=False) for i in new]
+        return [i async for new in t3.tokens(request.text, request.voice, options, interval=None) for i in new]
 
     assert_same(asyncio.run(speak()), theirs)
 

@@ -123,7 +123,7 @@ def test_launch_converts_once_and_measures(demo: Checkpoint, tmp_path: Path, mon
         )
         try:
             request = requests(2, 704)[0]
-            spoken = [i async for new in t3.tokens(request.text, request.voice, GREEDY, incremental=False) for i in new]
+            spoken = [i async for new in t3.tokens(request.text, request.voice, GREEDY, interval=None) for i in new]
             return t3.method, await t3.footprint(), len(spoken)
         finally:
             t3.shutdown()

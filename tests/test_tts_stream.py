@@ -97,6 +97,26 @@ def test_streams_side_by_side(model: ChatterboxTTS) -> None:
         assert torch.equal(torch.cat(together, 1), torch.cat(alone, 1))
 
 
+def test_how_often_tokens_are_told(model: ChatterboxTTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by one for a stream that begins alone, unless a seed wants the same sound in any company."""
+    asked: list[int | None] = []
+    tokens = model._engine._t3.tokens
+
+    def noted(*arguments: Any, interval: int | None) -> Any:
+        asked.append(interval)
+        return tokens(*arguments, interval=interval)
+
+    monkeypatch.setattr(model._engine._t3, "tokens", noted)
+    lone = model.generate_stream(TEXT, max_tokens=40)
+    next(lone)
+    next(model.generate_stream(TEXT, max_tokens=40))
+    lone.close()
+    wait_for(lambda: is_idle(model))
+    list(model.generate_stream(TEXT, max_tokens=1, seed=1))
+    model.generate(TEXT, max_tokens=1)
+    assert asked == [1, 5, 5, None]
+
+
 @pytest.mark.parametrize(
     ("arguments", "param"),
     [

@@ -164,7 +164,7 @@ def test_schedule():
     def sizes(count: int, schedule: ChunkSchedule, *, alone: bool) -> list[int]:
         return list(islice(schedule.sizes(alone=alone), count))
 
-    assert sizes(7, ChunkSchedule(), alone=True) == [16, 16, 32, 64, 128, 240, 240]
+    assert sizes(7, ChunkSchedule(), alone=True) == [15, 15, 30, 60, 120, 240, 240]
     assert sizes(6, ChunkSchedule(), alone=False) == [26, 52, 104, 208, 240, 240]
     assert sizes(5, ChunkSchedule(first=10, growth=1.5, largest=30), alone=False) == [10, 15, 22, 30, 30]
     assert sizes(3, ChunkSchedule(first=12, alone=8, growth=1.0, largest=12), alone=True) == [8, 8, 8]
@@ -176,7 +176,9 @@ def test_when_chunks_are_due(monkeypatch):
     listener = Playback()
     listener.delivered(0)
     assert (listener.due, due_of_file()) == (100.0, 100.0 + PATIENCE)
+    assert not listener.has_begun
     listener.delivered(24_000)
+    assert listener.has_begun
     assert listener.due == 101.0 - MARGIN
     now = 100.5
     listener.delivered(12_000)  # in time

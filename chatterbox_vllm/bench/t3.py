@@ -19,6 +19,7 @@ from chatterbox_vllm.checkpoint import cache_dir, resolve
 from chatterbox_vllm.quantization.policy import canonical
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
+from chatterbox_vllm.t3.prompt import STREAM_INTERVAL
 from chatterbox_vllm.types import TOKEN_RATE, SpeechOptions
 
 
@@ -72,7 +73,7 @@ async def _round(t3: T3Generator, requests: int, options: SpeechOptions) -> tupl
     async def one(index: int) -> tuple[int, float]:
         count, first, started = 0, 0.0, time.perf_counter()
         text = random_text(index, t3.text_vocabulary)
-        async for new in t3.tokens(text, voice, options, incremental=True, min_tokens=options.max_tokens):
+        async for new in t3.tokens(text, voice, options, interval=STREAM_INTERVAL, min_tokens=options.max_tokens):
             first = first or time.perf_counter() - started
             count += len(new)
         return count, first

@@ -132,14 +132,14 @@ class T3Generator:
         voice: VoiceFeatures,
         options: SpeechOptions,
         *,
-        incremental: bool,
+        interval: int | None,
         min_tokens: int = 0,
     ) -> AsyncGenerator[list[int], None]:
         """Speech tokens, without start and stop. Closing or cancelling the generator aborts the request in vLLM.
 
         Args:
             text: ids without start and stop.
-            incremental: yield tokens as they come, rather than all at once.
+            interval: tokens between deliveries, of which the first one is a single token; None: all at the end.
             min_tokens: do not stop before so many tokens.
 
         Raises:
@@ -159,7 +159,7 @@ class T3Generator:
             raise EngineDead("the T3 engine was shut down")
         key = f"{voice.digest}:{options.exaggeration!r}"
         prompt = engine_input(tokens, prefix, weight_steps(options.cfg_weight), key)
-        params = sampling_params(options, max_tokens=min(options.max_tokens, room), incremental=incremental)
+        params = sampling_params(options, max_tokens=min(options.max_tokens, room), interval=interval)
         params.min_tokens = min(min_tokens, params.max_tokens)
         self._expect_steps()
         outputs = self._llm.generate(prompt, params, next(self._names))

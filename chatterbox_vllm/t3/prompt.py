@@ -18,6 +18,8 @@ from chatterbox_vllm.types import (
 
 STREAM_INTERVAL = 5
 """Tokens between deliveries of a stream: a fifth of a second of sound, a fifth of the messages."""
+LONE_INTERVAL = 1
+"""The same for a stream that is alone: a chunk never waits for tokens it does not need, and messages are few anyway."""
 OVERHEAD = VOICE_LENGTH + 4
 """Positions of a prompt beside its text: voice, start, stop, and upstream's two BOS."""
 
@@ -28,13 +30,13 @@ def prompt_tokens(text: Sequence[int], placeholder_id: int) -> list[int]:
     return [placeholder_id] * VOICE_LENGTH + [*shifted, START_SPEECH, START_SPEECH]
 
 
-def sampling_params(options: SpeechOptions, *, max_tokens: int, incremental: bool) -> SamplingParams:
+def sampling_params(options: SpeechOptions, *, max_tokens: int, interval: int | None) -> SamplingParams:
     """vLLM's parameters for upstream's sampler: penalty, temperature, min_p, top_p, in that order.
 
     Args:
         options: the request's.
         max_tokens: the most tokens to sample, the stop token included.
-        incremental: deliver tokens as they come rather than once at the end.
+        interval: tokens between deliveries; None: all at the end.
     """
     return SamplingParams(
         temperature=options.temperature,
@@ -45,6 +47,6 @@ def sampling_params(options: SpeechOptions, *, max_tokens: int, incremental: boo
         max_tokens=max_tokens,
         stop_token_ids=[STOP_SPEECH],
         detokenize=False,
-        output_kind=RequestOutputKind.DELTA if incremental else RequestOutputKind.FINAL_ONLY,
-        stream_interval=STREAM_INTERVAL if incremental else None,
+        output_kind=RequestOutputKind.FINAL_ONLY if interval is None else RequestOutputKind.DELTA,
+        stream_interval=interval,
     )

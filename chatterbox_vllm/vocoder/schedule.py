@@ -7,10 +7,14 @@ so a first chunk of n tokens gives n - 13 tokens' sound, 40 ms each, of which th
 20 ms fade in. T3 tells the first token at once and then five at a time: a chunk of 5 k + 1 tokens never waits for
 tokens that it does not need.
 
-A stream that has the vocoder to itself begins with a short chunk: its 120 ms of sound last until the second one, whose
-tokens came while the first was spoken. In company the second one would have to wait, and the listener would hear a
-pause: there the first chunk is longer, which gives a player 520 ms to start with, and growing from it is a third of the
-work less. A stream with a seed always begins so, lest its sound depend on its company.
+A stream that has the vocoder to itself begins with a short chunk, for which T3 tells each token as it comes: its 80 ms
+of sound last until the second one, whose tokens came while the first was spoken. In company the second one would have
+to wait, and the listener would hear a pause: there the first chunk is longer, which gives a player 520 ms to start
+with, and growing from it is a third of the work less. A stream with a seed always begins so, lest its sound depend on
+its company.
+
+Where the first sound would not last until the second chunk, on a slow device, it is held back: see ``pace``. Chunks are
+cut the same.
 
 When a chunk is spoken is another matter: a stream's first chunk is due at once, a later one shortly before its listener
 has heard all there is, and a whole file after some patience. What is due first goes first, so nothing waits for ever.
@@ -35,7 +39,7 @@ PATIENCE: Final = 2.0
 
 @dataclass(frozen=True)
 class ChunkSchedule:
-    """Sizes of the chunks of one stream: with the defaults 26, 52, 104, ..., of one that is alone 16, 16, 32, ...
+    """Sizes of the chunks of one stream: with the defaults 26, 52, 104, ..., of one that is alone 15, 15, 30, ...
 
     Args:
         first: tokens of the first chunk.
@@ -48,7 +52,7 @@ class ChunkSchedule:
     """
 
     first: int = 26
-    alone: int = 16
+    alone: int = 15
     growth: float = 2.0
     largest: int = 240
 
@@ -86,6 +90,11 @@ class Playback:
         if samples:
             now = time.monotonic()
             self._dry = max(now, self._dry or now) + samples / SAMPLE_RATE
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was sound, so that the player runs."""
+        return self._dry is not None
 
     @property
     def due(self) -> float:
