@@ -279,7 +279,7 @@ class AsyncChatterbox:
     async def stream(self, request: SpeechRequest) -> AsyncGenerator[Samples, None]:
         """Sound as it is made: float32 arrays (n,) at 24 kHz. Closing the generator aborts the request everywhere."""
         mark = WatermarkStream(self._watermarker) if self._watermarker else None
-        spoken, playback = False, Playback()
+        spoken, playback = False, Playback(behind=mark.behind if mark else 0.0)
         with self._admitted(), self._streaming():
             texts = await self._prepared(request)
             # Who gives a seed wants the same sound in any company.

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, Final, TypeVar
 
@@ -138,7 +139,8 @@ async def vocoded(
         alone: whether no other stream runs, so that the first chunk may be smaller.
     """
     state, waiting, complete, held = part.open(), list[int](), False, list[torch.Tensor]()
-    for count, size in enumerate(schedule.sizes(alone=alone), start=1):
+    sizes = partial(schedule.sizes, alone=alone, behind=playback.behind)
+    for count, size in enumerate(sizes(), start=1):
         while len(waiting) < size and not complete:
             new, complete = await part.take()
             waiting += new
@@ -147,8 +149,8 @@ async def vocoded(
         began = time.monotonic()
         held.append(await vocoder.submit(Chunk(state, _ids(waiting[:size]), final=final, due=playback.due)))
         seconds = time.monotonic() - began
-        following = islice(schedule.sizes(alone=alone), count, None)
-        if final or playback.has_begun or _lasts(part, following, spoken=len(state.tokens), seconds=seconds):
+        spoken, following = len(state.tokens), islice(sizes(), count, None)
+        if final or playback.has_begun or _lasts(part, following, spoken, seconds=seconds, behind=playback.behind):
             for samples in held:
                 playback.delivered(len(samples))
                 if len(samples):
@@ -159,7 +161,7 @@ async def vocoded(
         waiting = waiting[size:]
 
 
-def _lasts(part: Part, sizes: Iterable[int], *, spoken: int, seconds: float) -> bool:
+def _lasts(part: Part, sizes: Iterable[int], spoken: int, *, seconds: float, behind: float) -> bool:
     """Whether a player that starts now would not run dry.
 
     Args:
@@ -167,10 +169,18 @@ def _lasts(part: Part, sizes: Iterable[int], *, spoken: int, seconds: float) -> 
         sizes: of its chunks that follow.
         spoken: its tokens whose chunks are answered.
         seconds: that the latest chunk took in the vocoder.
+        behind: see ``Playback``.
     """
     recording = usable_tokens(part.request.voice)
     pace = Pace(part.arrivals.seconds_per_token, seconds / (FRAMES_PER_TOKEN * (recording + spoken)))
-    return pace.lasts(sizes, spoken=spoken, arrivals=part.arrivals, expected=part.expected, recording=recording)
+    return pace.lasts(
+        sizes,
+        spoken=spoken,
+        arrivals=part.arrivals,
+        expected=part.expected,
+        recording=recording,
+        behind=behind,
+    )
 
 
 async def vocoded_whole(vocoder: VocoderPool, part: Part) -> torch.Tensor:

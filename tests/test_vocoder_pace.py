@@ -51,6 +51,19 @@ def releases(speed: Pace, *, expected: int, alone: bool = False) -> int:
     raise AssertionError
 
 
+def test_what_a_watermark_keeps_back_does_not_last() -> None:
+    speed, chunks = Pace(0.0026, 0.039 / 530), ChunkSchedule()
+    known = {"arrivals": arrived(31), "expected": 400, "recording": RECORDING}
+
+    def lasts(spoken: int, behind: float) -> bool:
+        sizes = islice(chunks.sizes(alone=True, behind=behind), 1, None)
+        return speed.lasts(sizes, spoken=spoken, behind=behind, **known)
+
+    assert lasts(15, 0.0)
+    assert not lasts(15, 0.04)
+    assert lasts(16, 0.04)
+
+
 def test_what_the_vocoder_holds_back() -> None:
     assert HELD_TOKENS == 13
 

@@ -165,6 +165,8 @@ def test_schedule():
         return list(islice(schedule.sizes(alone=alone), count))
 
     assert sizes(7, ChunkSchedule(), alone=True) == [15, 15, 30, 60, 120, 240, 240]
+    assert list(islice(ChunkSchedule().sizes(alone=True, behind=0.04), 4)) == [16, 16, 32, 64]
+    assert list(islice(ChunkSchedule().sizes(alone=False, behind=0.04), 2)) == [26, 52]
     assert sizes(6, ChunkSchedule(), alone=False) == [26, 52, 104, 208, 240, 240]
     assert sizes(5, ChunkSchedule(first=10, growth=1.5, largest=30), alone=False) == [10, 15, 22, 30, 30]
     assert sizes(3, ChunkSchedule(first=12, alone=8, growth=1.0, largest=12), alone=True) == [8, 8, 8]

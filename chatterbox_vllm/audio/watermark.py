@@ -77,6 +77,11 @@ class WatermarkStream:
         """The context and, after it, what is held back."""
         self._held_mark: Samples = np.zeros(0, np.float32)
 
+    @property
+    def behind(self) -> float:
+        """Seconds of sound that are held back."""
+        return self._HELD / SAMPLE_RATE
+
     def feed(self, samples: Samples) -> Samples:
         """The marked samples that are final after these (n,) float32 ones."""
         return self._advance(samples, hold=self._HELD)

@@ -61,7 +61,16 @@ class Pace:
     token: float
     frame: float
 
-    def lasts(self, sizes: Iterable[int], *, spoken: int, arrivals: Arrivals, expected: int, recording: int) -> bool:
+    def lasts(
+        self,
+        sizes: Iterable[int],
+        *,
+        spoken: int,
+        arrivals: Arrivals,
+        expected: int,
+        recording: int,
+        behind: float = 0.0,
+    ) -> bool:
         """Whether a player that starts now, with all sound so far, would never run dry.
 
         Args:
@@ -70,10 +79,11 @@ class Pace:
             arrivals: of the part's tokens.
             expected: tokens that the part will have.
             recording: tokens of the voice's recording, over which the flow runs, too.
+            behind: seconds of sound that are kept back after the vocoder.
         """
         arrival, there = 0.0, arrivals.count + arrivals.complete
         for size in sizes:
-            lasting = (spoken - HELD_TOKENS) / TOKEN_RATE
+            lasting = (spoken - HELD_TOKENS) / TOKEN_RATE - behind
             final = spoken + size > expected
             spoken = min(spoken + size, expected)
             # That there is no further token is known when T3 stops, which is one more.

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.types import SAMPLE_RATE
+from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE
 
 MARGIN: Final = 0.25
 """Seconds before its listener's last sample that a stream's next chunk is due: it takes time to be spoken and sent."""
@@ -65,12 +65,17 @@ class ChunkSchedule:
         if self.largest < self.first:
             raise ConfigurationError(f"largest must be at least first, not {self.largest}", param="largest")
 
-    def sizes(self, *, alone: bool) -> Iterator[int]:
-        """Token counts of the chunks, without end."""
+    def sizes(self, *, alone: bool, behind: float = 0.0) -> Iterator[int]:
+        """Token counts of the chunks, without end.
+
+        Args:
+            alone: there is no other stream.
+            behind: see ``Playback``; where little sound is in the first chunk, it is longer by so much.
+        """
         size = float(self.first)
         if alone:
-            yield min(self.largest, self.alone)
-            size = float(self.alone)
+            size = float(self.alone + math.ceil(behind * TOKEN_RATE))
+            yield min(self.largest, int(size))
         while True:
             yield min(self.largest, int(size))
             size = min(float(self.largest), size * self.growth)
@@ -80,9 +85,13 @@ class Playback:
     """When a listener who plays a stream from its first sound on has heard all there is.
 
     After a pause in the sound the player goes on from where it was.
+
+    Args:
+        behind: seconds of the latest sound that are kept back on their way to the listener, as by a watermark.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, behind: float = 0.0) -> None:
+        self.behind = behind
         self._dry: float | None = None
 
     def delivered(self, samples: int) -> None:
@@ -99,7 +108,7 @@ class Playback:
     @property
     def due(self) -> float:
         """When the stream's next chunk is due, in ``time.monotonic``'s seconds."""
-        return time.monotonic() if self._dry is None else self._dry - MARGIN
+        return time.monotonic() if self._dry is None else self._dry - self.behind - MARGIN
 
 
 def due_of_file() -> float:
