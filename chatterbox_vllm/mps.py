@@ -57,9 +57,17 @@ class Mps:
 
     def _run(self, *arguments: str, text: str = "") -> str | None:
         """Hands ``text`` to the program; returns what went wrong, if anything did."""
+        # It would number the cards that the variable leaves anew, and who uses them would choose by it once more.
+        environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
         try:
             reply = subprocess.run(
-                [self._program, *arguments], input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
+                [self._program, *arguments],
+                input=text,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+                env=environment,
             )
         except subprocess.TimeoutExpired:
             return f"{CONTROL} did not answer within {_SECONDS:g} s"

@@ -22,7 +22,8 @@ def control(tmp_path: Path, monkeypatch):
     def make(says: str = "", seconds: float = 0) -> Path:
         log = tmp_path / "calls"
         failure = f"echo {says} >&2; exit 1" if says else f"exec sleep {seconds}"
-        program.write_text(f'#!/bin/sh\necho "$1 $CUDA_MPS_PIPE_DIRECTORY $(cat)" >> {log}\n{failure}\n')
+        told = f'echo "$1 $CUDA_MPS_PIPE_DIRECTORY $(cat)" >> {log}\necho "${{CUDA_VISIBLE_DEVICES-all}}" >> {log}.cards'
+        program.write_text(f"#!/bin/sh\n{told}\n{failure}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
         return log
@@ -39,6 +40,15 @@ def test_the_daemon_lives_between_start_and_stop(control):
     mps.stop()
     assert log.read_text().splitlines() == [f"-d {folder} ", f" {folder} quit"]
     assert not Path(folder).exists()
+
+
+def test_the_daemon_serves_every_card_and_its_users_choose(control, monkeypatch):
+    """Else the second card of two, chosen by a variable, would be looked for among the one that is left."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    log = control()
+    Mps().stop()
+    assert log.with_name("calls.cards").read_text().split() == ["all", "all"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_a_daemon_that_does_not_start_says_why(control):

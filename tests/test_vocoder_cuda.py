@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from chatterbox_vllm.quantization.matrices import QuantizedLinear, quantized
+from chatterbox_vllm.quantization.matrices import QuantizedLinear, matrices_of, quantized
 from chatterbox_vllm.vocoder import noise, weights
 from chatterbox_vllm.vocoder.batching import padded, row_mask
 from chatterbox_vllm.vocoder.cuda import encoder
@@ -226,6 +226,8 @@ def test_a_quantised_flow_is_one_with_the_decoded_weights(method, monkeypatch):
     for of_packed, of_plain in zip(packed.modules(), plain.modules(), strict=True):
         if isinstance(of_packed, QuantizedLinear):
             of_plain.weight.copy_(of_packed.matrix.dequantize(torch.float32))
+    assert backend.PackedEstimator.fits(packed.flow.estimator)
+    assert backend.Scratch.fits(list(matrices_of(packed.flow)))
     options = {"device": DEVICE, "dtype": torch.float16, "frames": 128, "frugal": False}
     quantised, reference = backend.CudaBackend(packed, **options), backend.CudaBackend(plain, **options)
     tokens = [torch.arange(20), torch.arange(9)]

@@ -148,7 +148,7 @@ class PackedEstimator:
         """Whether the kernels can compute networks of this size: a row must be a tile."""
         resnet, blocks, _ = estimator.down_blocks[0]
         width, inputs = resnet.res_conv.out_channels, resnet.res_conv.in_channels
-        hidden = blocks[0].ff.net["2"].in_features
+        hidden = len(blocks[0].ff.net["0"]["proj"].bias)
         return width >= 16 and width & (width - 1) == 0 and inputs % 16 == 0 and hidden % 16 == 0
 
     @property
