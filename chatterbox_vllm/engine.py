@@ -32,7 +32,15 @@ from chatterbox_vllm.t3.prompt import STREAM_INTERVAL
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.text.tokenise import load_tokenizer
-from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_TEXT_TOKENS, SAMPLE_RATE, SpeechRequest, VoiceFeatures
+from chatterbox_vllm.types import (
+    AT_ONCE,
+    CHUNK_LENGTHS,
+    MAX_TEXT_TOKENS,
+    SAMPLE_RATE,
+    Listening,
+    SpeechRequest,
+    VoiceFeatures,
+)
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.guest import GuestHost
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback, due_of_file
@@ -276,10 +284,16 @@ class AsyncChatterbox:
         dead = self._t3.dead or not self._worker.is_alive
         return Health(live=not dead, ready=reason is None, reason=reason, active=self._active)
 
-    async def stream(self, request: SpeechRequest) -> AsyncGenerator[Samples, None]:
-        """Sound as it is made: float32 arrays (n,) at 24 kHz. Closing the generator aborts the request everywhere."""
+    async def stream(self, request: SpeechRequest, listening: Listening = AT_ONCE) -> AsyncGenerator[Samples, None]:
+        """Sound as it is made: float32 arrays (n,) at 24 kHz. Closing the generator aborts the request everywhere.
+
+        Args:
+            listening: what becomes of the sound afterwards.
+        """
         mark = WatermarkStream(self._watermarker) if self._watermarker else None
-        spoken, playback = False, Playback(behind=mark.behind if mark else 0.0)
+        if mark:
+            listening = replace(listening, behind=listening.behind + mark.behind / listening.speed)
+        spoken, playback = False, Playback(listening)
         with self._admitted(), self._streaming():
             texts = await self._prepared(request)
             # Who gives a seed wants the same sound in any company.

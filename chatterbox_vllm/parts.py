@@ -20,7 +20,7 @@ import torch
 
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.prompt import LONE_INTERVAL
-from chatterbox_vllm.types import SPOKEN_TOKENS, SpeechRequest
+from chatterbox_vllm.types import SPOKEN_TOKENS, Listening, SpeechRequest
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.pace import Arrivals, Pace
 from chatterbox_vllm.vocoder.prompts import usable_tokens
@@ -139,7 +139,7 @@ async def vocoded(
         alone: whether no other stream runs, so that the first chunk may be smaller.
     """
     state, waiting, complete, held = part.open(), list[int](), False, list[torch.Tensor]()
-    sizes = partial(schedule.sizes, alone=alone, behind=playback.behind)
+    sizes = partial(schedule.sizes, alone=alone, listening=playback.listening)
     for count, size in enumerate(sizes(), start=1):
         while len(waiting) < size and not complete:
             new, complete = await part.take()
@@ -150,7 +150,7 @@ async def vocoded(
         held.append(await vocoder.submit(Chunk(state, _ids(waiting[:size]), final=final, due=playback.due)))
         seconds = time.monotonic() - began
         spoken, following = len(state.tokens), islice(sizes(), count, None)
-        if final or playback.has_begun or _lasts(part, following, spoken, seconds=seconds, behind=playback.behind):
+        if final or playback.has_begun or _lasts(part, following, spoken, seconds, playback.listening):
             for samples in held:
                 playback.delivered(len(samples))
                 if len(samples):
@@ -161,7 +161,7 @@ async def vocoded(
         waiting = waiting[size:]
 
 
-def _lasts(part: Part, sizes: Iterable[int], spoken: int, *, seconds: float, behind: float) -> bool:
+def _lasts(part: Part, sizes: Iterable[int], spoken: int, seconds: float, listening: Listening) -> bool:
     """Whether a player that starts now would not run dry.
 
     Args:
@@ -169,7 +169,7 @@ def _lasts(part: Part, sizes: Iterable[int], spoken: int, *, seconds: float, beh
         sizes: of its chunks that follow.
         spoken: its tokens whose chunks are answered.
         seconds: that the latest chunk took in the vocoder.
-        behind: see ``Playback``.
+        listening: how its sound is heard.
     """
     recording = usable_tokens(part.request.voice)
     pace = Pace(part.arrivals.seconds_per_token, seconds / (FRAMES_PER_TOKEN * (recording + spoken)))
@@ -179,7 +179,7 @@ def _lasts(part: Part, sizes: Iterable[int], spoken: int, *, seconds: float, beh
         arrivals=part.arrivals,
         expected=part.expected,
         recording=recording,
-        behind=behind,
+        listening=listening,
     )
 
 

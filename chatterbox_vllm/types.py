@@ -128,6 +128,23 @@ class VoiceFeatures:
 
 
 @dataclass(frozen=True)
+class Listening:
+    """How a stream's sound comes to be heard, by which a stream is timed.
+
+    Args:
+        speed: times as fast as it is made; at 2.0 its listener is through with it in half the time.
+        behind: seconds of it that are kept back on the way, as encoders do, in the listener's time.
+    """
+
+    speed: float = 1.0
+    behind: float = 0.0
+
+
+AT_ONCE: Final = Listening()
+"""Sound is heard as it is, and all of it."""
+
+
+@dataclass(frozen=True)
 class SpeechRequest:
     """What to say, as whom, and how.
 

@@ -26,7 +26,7 @@ from chatterbox_vllm.audio.decode import MAX_BYTES, decode
 from chatterbox_vllm.errors import EngineDead, EngineError, UnknownVoice
 from chatterbox_vllm.settings import Settings
 from chatterbox_vllm.text.frontend import check_text
-from chatterbox_vllm.types import SpeechRequest
+from chatterbox_vllm.types import AT_ONCE, Listening, SpeechRequest
 
 PIECE = 4800  # samples: 5 speech tokens
 
@@ -89,11 +89,12 @@ class FakeChatterbox:
         reason = "the engine has died" if self.dead else None
         return SimpleNamespace(live=not self.dead, ready=not self.dead, reason=reason, active=self.active)
 
-    async def stream(self, request: SpeechRequest) -> AsyncGenerator[np.ndarray, None]:
+    async def stream(self, request: SpeechRequest, listening: Listening = AT_ONCE) -> AsyncGenerator[np.ndarray, None]:
         if self.dead:
             raise EngineDead("no new requests")
         check_text(request.text)
         self.requests.append(request)
+        self.listening = listening
         self.active += 1
         finished = False
         try:

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from chatterbox_vllm.api.schemas import Format
-from chatterbox_vllm.audio.encode import FORMATS
+from chatterbox_vllm.audio.encode import FORMATS, StreamEncoder
+from chatterbox_vllm.audio.tempo import Tempo
 from chatterbox_vllm.errors import EngineDead, MissingDependency, Overloaded
+from chatterbox_vllm.types import AT_ONCE, Listening
 from tests.fake_engine import PIECE, FakeChatterbox, Running, base64_of, running, wait_for, wav
 
 GOOD = {"input": "Hello there.", "seed": 7, "response_format": "pcm"}
@@ -100,6 +102,13 @@ def test_a_whole_wav_has_its_true_size(client: httpx.Client) -> None:
 def test_speed_changes_the_length(client: httpx.Client, streamed: bool) -> None:
     plain, fast = speak(client), speak(client, speed=2.0, stream=streamed)
     assert 0.4 < len(fast.content) / len(plain.content) < 0.6
+
+
+def test_a_stream_is_timed_by_what_its_format_and_speed_keep_back(client: httpx.Client, server: Running) -> None:
+    speak(client, stream=True)
+    assert server.engine.listening == AT_ONCE
+    speak(client, stream=True, speed=2.0, response_format="mp3")
+    assert server.engine.listening == Listening(2.0, Tempo(2.0).behind + StreamEncoder("mp3").behind)
 
 
 @pytest.mark.parametrize("name", ["pcm", "mp3", "wav", "flac"])

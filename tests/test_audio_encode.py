@@ -51,6 +51,21 @@ def test_a_whole_file_decodes_to_what_went_in(name: str) -> None:
     assert_same(decoded(encode_whole(SOUND, name), name), name)
 
 
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_what_an_encoder_keeps_back(name: str) -> None:
+    """By what a player has of so many samples; and it is no more than a frame too much."""
+    behind, kept = StreamEncoder(name).behind, list[float]()
+    for count in range(6000, 12_000, 240):
+        sound = decoded(StreamEncoder(name).encode(SOUND[:count]), name)
+        kept.append((count - len(sound)) / 24_000)
+    assert max(kept) <= behind <= max(kept) + 0.025
+
+
+@pytest.mark.parametrize("name", ["wav", "pcm"])
+def test_bare_samples_come_at_once(name: str) -> None:
+    assert StreamEncoder(name).behind == 0.0
+
+
 def assert_same(result: Samples, name: str) -> None:
     window = slice(2400, 40_000)
     padded = np.pad(result, (0, 2000))

@@ -37,6 +37,16 @@ def test_sound_comes_out_while_it_goes_in() -> None:
     assert len(tempo.feed(TONE[:4800])) > 0
 
 
+@pytest.mark.parametrize("speed", [0.25, 0.5, 0.9, 1.1, 2.0, 4.0])
+def test_what_is_kept_back(speed: float) -> None:
+    kept = []
+    for count in range(4800, 48_000, 960):
+        tempo = Tempo(speed)
+        kept.append((count / speed - len(tempo.feed(TONE[:count]))) / 24_000)
+    assert 0.0 < max(kept) <= tempo.behind
+    assert Tempo(1.0).behind == 0.0
+
+
 def test_speed_one_changes_nothing() -> None:
     np.testing.assert_array_equal(changed(TONE, 1.0), TONE)
     assert len(Tempo(2).finish()) == 0

@@ -42,6 +42,11 @@ def test_a_stream_is_marked_throughout(size: int) -> None:
         assert marker.confidence(result[at : at + 24_000]) > 0.99
 
 
+def test_what_is_kept_back() -> None:
+    stream, sound = WatermarkStream(Watermarker()), np.full(9600, 0.1, np.float32)
+    assert len(sound) - len(stream.feed(sound)) == 24_000 * stream.behind
+
+
 def test_chunks_meet_without_a_click() -> None:
     def steepest(marked: Samples) -> float:
         return float(np.abs(np.diff(marked - SOUND)).max())

@@ -22,7 +22,9 @@ def control(tmp_path: Path, monkeypatch):
     def make(says: str = "", seconds: float = 0) -> Path:
         log = tmp_path / "calls"
         failure = f"echo {says} >&2; exit 1" if says else f"exec sleep {seconds}"
-        told = f'echo "$1 $CUDA_MPS_PIPE_DIRECTORY $(cat)" >> {log}\necho "${{CUDA_VISIBLE_DEVICES-all}}" >> {log}.cards'
+        told = (
+            f'echo "$1 $CUDA_MPS_PIPE_DIRECTORY $(cat)" >> {log}\necho "${{CUDA_VISIBLE_DEVICES-all}}" >> {log}.cards'
+        )
         program.write_text(f"#!/bin/sh\n{told}\n{failure}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

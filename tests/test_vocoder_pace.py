@@ -16,7 +16,7 @@ from torch import Tensor
 from chatterbox_vllm import parts
 from chatterbox_vllm.parts import speaking, vocoded
 from chatterbox_vllm.t3.prompt import LONE_INTERVAL, STREAM_INTERVAL
-from chatterbox_vllm.types import SAMPLE_RATE, SAMPLES_PER_TOKEN, SpeechOptions, SpeechRequest
+from chatterbox_vllm.types import AT_ONCE, SAMPLE_RATE, SAMPLES_PER_TOKEN, Listening, SpeechOptions, SpeechRequest
 from chatterbox_vllm.vocoder import pace, schedule
 from chatterbox_vllm.vocoder.pace import HELD_TOKENS, Arrivals, Pace
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback
@@ -55,13 +55,15 @@ def test_what_a_watermark_keeps_back_does_not_last() -> None:
     speed, chunks = Pace(0.0026, 0.039 / 530), ChunkSchedule()
     known = {"arrivals": arrived(31), "expected": 400, "recording": RECORDING}
 
-    def lasts(spoken: int, behind: float) -> bool:
-        sizes = islice(chunks.sizes(alone=True, behind=behind), 1, None)
-        return speed.lasts(sizes, spoken=spoken, behind=behind, **known)
+    def lasts(spoken: int, listening: Listening) -> bool:
+        sizes = islice(chunks.sizes(alone=True, listening=listening), 1, None)
+        return speed.lasts(sizes, spoken=spoken, listening=listening, **known)
 
-    assert lasts(15, 0.0)
-    assert not lasts(15, 0.04)
-    assert lasts(16, 0.04)
+    assert lasts(15, AT_ONCE)
+    assert not lasts(15, Listening(behind=0.04))
+    assert lasts(16, Listening(behind=0.04))
+    assert not lasts(15, Listening(speed=2.0))
+    assert lasts(16, Listening(speed=2.0))
 
 
 def test_what_the_vocoder_holds_back() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.types import Listening
 from chatterbox_vllm.vocoder.distance import log_mel, mel_distance, streaming_distance
 from chatterbox_vllm.vocoder.schedule import MARGIN, PATIENCE, ChunkSchedule, Playback, due_of_file
 from chatterbox_vllm.vocoder.utterance import Chunk, Step
@@ -165,8 +166,8 @@ def test_schedule():
         return list(islice(schedule.sizes(alone=alone), count))
 
     assert sizes(7, ChunkSchedule(), alone=True) == [15, 15, 30, 60, 120, 240, 240]
-    assert list(islice(ChunkSchedule().sizes(alone=True, behind=0.04), 4)) == [16, 16, 32, 64]
-    assert list(islice(ChunkSchedule().sizes(alone=False, behind=0.04), 2)) == [26, 52]
+    assert list(islice(ChunkSchedule().sizes(alone=True, listening=Listening(2.0, 0.02)), 4)) == [16, 16, 32, 64]
+    assert list(islice(ChunkSchedule().sizes(alone=False, listening=Listening(2.0, 0.02)), 2)) == [26, 52]
     assert sizes(6, ChunkSchedule(), alone=False) == [26, 52, 104, 208, 240, 240]
     assert sizes(5, ChunkSchedule(first=10, growth=1.5, largest=30), alone=False) == [10, 15, 22, 30, 30]
     assert sizes(3, ChunkSchedule(first=12, alone=8, growth=1.0, largest=12), alone=True) == [8, 8, 8]

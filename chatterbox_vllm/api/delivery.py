@@ -115,7 +115,7 @@ class SpokenAnswer(Response):
 
     async def _speak_into(self, wire: Wire, request: SpeechRequest, record: SpeechRecord) -> None:
         renderer, ready = Renderer(self._body.format, self._body.tempo), b""
-        async with aclosing(self._engine.stream(request)) as pieces:
+        async with aclosing(self._engine.stream(request, renderer.listening)) as pieces:
             async for samples in pieces:
                 record.samples += len(samples)
                 ready += await renderer.feed(samples)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from chatterbox_vllm.audio.encode import StreamEncoder, encode_whole
 from chatterbox_vllm.audio.tempo import Tempo
-from chatterbox_vllm.types import SAMPLE_RATE
+from chatterbox_vllm.types import SAMPLE_RATE, Listening
 
 if TYPE_CHECKING:
     from chatterbox_vllm.audio.encode import Samples
@@ -17,11 +17,15 @@ _INLINE: Final = SAMPLE_RATE
 
 
 class Renderer:
-    """One streamed file: (n,) float32 samples in, the bytes that are ready out, which may be none."""
+    """One streamed file: (n,) float32 samples in, the bytes that are ready out, which may be none.
+
+    ``listening`` says what becomes of the samples on their way.
+    """
 
     def __init__(self, format: str, speed: float) -> None:
         self._tempo = Tempo(speed)
         self._encoder = StreamEncoder(format)
+        self.listening: Final = Listening(speed, self._tempo.behind + self._encoder.behind)
 
     async def feed(self, samples: Samples) -> bytes:
         if len(samples) <= _INLINE:

@@ -1,7 +1,8 @@
 """Writes speech as wav, pcm, mp3, opus, aac or flac, to memory, as the samples come.
 
-Every chunk gives bytes at once, but for what a codec needs to complete its frame (at most 70 ms). Encoders are
-PyAV's, so no ffmpeg has to be installed. A stream's wav header has 0xFFFFFFFF for its sizes, as nobody knows them yet.
+Every chunk gives bytes at once, but for what a codec needs to complete its frames (``StreamEncoder.behind``). Encoders
+are PyAV's, so no ffmpeg has to be installed. A stream's wav header has 0xFFFFFFFF for its sizes, as nobody knows them
+yet.
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ _UNKNOWN_SIZE: Final = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class _Codec:
+    """
+    Args:
+        behind: seconds of sound, at most, whose bytes come with what follows it: frames are complete, and look ahead.
+    """
+
     name: str
     container: str
+    behind: float
     bit_rate: int | None = None
     sample_format: str = "flt"
     codec_options: dict[str, str] = field(default_factory=dict)
@@ -44,15 +51,17 @@ class _Codec:
 
 
 _CODECS: Final[dict[str, _Codec]] = {
-    "mp3": _Codec("libmp3lame", "mp3", 96_000, stream_options={"write_xing": "0", "id3v2_version": "0"}),
-    "opus": _Codec("libopus", "ogg", 64_000, stream_options={"page_duration": "20000"}),
-    "aac": _Codec("aac", "adts", 96_000),
+    "mp3": _Codec("libmp3lame", "mp3", 0.072, 96_000, stream_options={"write_xing": "0", "id3v2_version": "0"}),
+    "opus": _Codec("libopus", "ogg", 0.04, 64_000, stream_options={"page_duration": "20000"}),
+    "aac": _Codec("aac", "adts", 0.086, 96_000),
     # 48 ms frames instead of 96; no 8 KiB of padding in front of the first one
-    "flac": _Codec("flac", "flac", None, "s16", {"frame_size": "1152"}, {"metadata_header_padding": "0"}),
+    "flac": _Codec("flac", "flac", 0.048, None, "s16", {"frame_size": "1152"}, {"metadata_header_padding": "0"}),
 }
 
 
 class _Encoder(Protocol):
+    @property
+    def behind(self) -> float: ...
     def encode(self, samples: Samples) -> bytes: ...
     def finish(self) -> bytes: ...
 
@@ -71,6 +80,11 @@ class StreamEncoder:
     def __init__(self, format: str, rate: int = SAMPLE_RATE) -> None:
         check_format(format)
         self._encoder: _Encoder = _Raw(format, rate) if format in ("wav", "pcm") else _Compressed(format, rate)
+
+    @property
+    def behind(self) -> float:
+        """Seconds of sound that it keeps back, at most."""
+        return self._encoder.behind
 
     def encode(self, samples: Samples) -> bytes:
         """The bytes ready after these (n,) float32 samples, which are clipped to -1..1; may be empty."""
@@ -122,6 +136,8 @@ def _pcm(samples: Samples) -> bytes:
 
 
 class _Raw:
+    behind: Final = 0.0
+
     def __init__(self, format: str, rate: int) -> None:
         self._header = wav_header(rate) if format == "wav" else b""
 
@@ -164,6 +180,10 @@ class _Compressed:
         self._stream.codec_context.layout = "mono"
         if codec.bit_rate is not None:
             self._stream.codec_context.bit_rate = codec.bit_rate
+
+    @property
+    def behind(self) -> float:
+        return self._codec.behind
 
     def encode(self, samples: Samples) -> bytes:
         if len(samples):

@@ -19,6 +19,8 @@ SPEEDS: Final = (0.25, 4.0)
 """OpenAI's range."""
 _PIECE: Final = 480
 """atempo holds back about as much as it is handed at once."""
+_BEHIND: Final = 0.1
+"""Seconds of sound in which atempo looks for where two pieces fit."""
 _SLOWEST_FILTER, _FASTEST_FILTER = 0.5, 2.0
 """What one atempo does well: it refuses less and drops samples over more. More is done in two steps."""
 
@@ -34,11 +36,16 @@ class Tempo:
         if isinstance(speed, bool) or not isinstance(speed, int | float) or not SPEEDS[0] <= speed <= SPEEDS[1]:
             low, high = SPEEDS
             raise InvalidRequest(f"speed must be a number from {low:g} to {high:g}, not {speed!r:.40}", param="speed")
-        self._rate, self._position = rate, 0
+        self._rate, self._position, self._speed = rate, 0, float(speed)
         self._graph = None if speed == 1.0 else _chain(list(_steps(float(speed))), rate)
 
+    @property
+    def behind(self) -> float:
+        """Seconds of what it gives that it keeps back, at most: a tenth of a second of what is slower."""
+        return 0.0 if self._graph is None else _BEHIND / min(1.0, self._speed)
+
     def feed(self, samples: Samples) -> Samples:
-        """The (m,) float32 samples ready after these (n,); may be none, as 50 ms or so are held back."""
+        """The (m,) float32 samples ready after these (n,); may be none, as some are held back: see ``behind``."""
         if self._graph is None or not len(samples):
             return samples
         for at in range(0, len(samples), _PIECE):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from chatterbox_vllm.types import TOKEN_RATE
+from chatterbox_vllm.types import AT_ONCE, TOKEN_RATE, Listening
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN, LOOKAHEAD_TOKENS
 from chatterbox_vllm.vocoder.hift import REACH
 
@@ -69,7 +69,7 @@ class Pace:
         arrivals: Arrivals,
         expected: int,
         recording: int,
-        behind: float = 0.0,
+        listening: Listening = AT_ONCE,
     ) -> bool:
         """Whether a player that starts now, with all sound so far, would never run dry.
 
@@ -79,11 +79,11 @@ class Pace:
             arrivals: of the part's tokens.
             expected: tokens that the part will have.
             recording: tokens of the voice's recording, over which the flow runs, too.
-            behind: seconds of sound that are kept back after the vocoder.
+            listening: how its sound is heard.
         """
         arrival, there = 0.0, arrivals.count + arrivals.complete
         for size in sizes:
-            lasting = (spoken - HELD_TOKENS) / TOKEN_RATE - behind
+            lasting = (spoken - HELD_TOKENS) / TOKEN_RATE / listening.speed - listening.behind
             final = spoken + size > expected
             spoken = min(spoken + size, expected)
             # That there is no further token is known when T3 stops, which is one more.

@@ -14,7 +14,8 @@ with, and growing from it is a third of the work less. A stream with a seed alwa
 its company.
 
 Where the first sound would not last until the second chunk, on a slow device, it is held back: see ``pace``. Chunks are
-cut the same.
+cut the same. What a watermark, an encoder or a faster speech keeps back of it on the way does not last either, so a
+lone stream's chunks are longer by that (``Listening``).
 
 When a chunk is spoken is another matter: a stream's first chunk is due at once, a later one shortly before its listener
 has heard all there is, and a whole file after some patience. What is due first goes first, so nothing waits for ever.
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE
+from chatterbox_vllm.types import AT_ONCE, SAMPLE_RATE, TOKEN_RATE, Listening
 
 MARGIN: Final = 0.25
 """Seconds before its listener's last sample that a stream's next chunk is due: it takes time to be spoken and sent."""
@@ -65,16 +66,16 @@ class ChunkSchedule:
         if self.largest < self.first:
             raise ConfigurationError(f"largest must be at least first, not {self.largest}", param="largest")
 
-    def sizes(self, *, alone: bool, behind: float = 0.0) -> Iterator[int]:
+    def sizes(self, *, alone: bool, listening: Listening = AT_ONCE) -> Iterator[int]:
         """Token counts of the chunks, without end.
 
         Args:
             alone: there is no other stream.
-            behind: see ``Playback``; where little sound is in the first chunk, it is longer by so much.
+            listening: the short chunks of a stream that is alone are longer by what is kept back of them.
         """
         size = float(self.first)
         if alone:
-            size = float(self.alone + math.ceil(behind * TOKEN_RATE))
+            size = float(self.alone + math.ceil(listening.behind * listening.speed * TOKEN_RATE))
             yield min(self.largest, int(size))
         while True:
             yield min(self.largest, int(size))
@@ -85,20 +86,17 @@ class Playback:
     """When a listener who plays a stream from its first sound on has heard all there is.
 
     After a pause in the sound the player goes on from where it was.
-
-    Args:
-        behind: seconds of the latest sound that are kept back on their way to the listener, as by a watermark.
     """
 
-    def __init__(self, *, behind: float = 0.0) -> None:
-        self.behind = behind
+    def __init__(self, listening: Listening = AT_ONCE) -> None:
+        self.listening = listening
         self._dry: float | None = None
 
     def delivered(self, samples: int) -> None:
         """Notes that so many more samples are there to be heard."""
         if samples:
             now = time.monotonic()
-            self._dry = max(now, self._dry or now) + samples / SAMPLE_RATE
+            self._dry = max(now, self._dry or now) + samples / SAMPLE_RATE / self.listening.speed
 
     @property
     def has_begun(self) -> bool:
@@ -108,7 +106,7 @@ class Playback:
     @property
     def due(self) -> float:
         """When the stream's next chunk is due, in ``time.monotonic``'s seconds."""
-        return time.monotonic() if self._dry is None else self._dry - self.behind - MARGIN
+        return time.monotonic() if self._dry is None else self._dry - self.listening.behind - MARGIN
 
 
 def due_of_file() -> float:
