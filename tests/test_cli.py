@@ -195,6 +195,15 @@ def test_an_unknown_voice_leaves_no_file(engine: FakeChatterbox, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sound_of_which_speed_leaves_nothing_is_no_file(
+    engine: FakeChatterbox, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.sound = lambda _: [np.full(960, 0.1, np.float32)]  # type: ignore[method-assign]
+    assert cli.main(["say", "Hi.", "-o", "out.wav", "--speed", "4"]) == 1
+    assert "speed 4 leaves nothing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_demo_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[Any] = []
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AbstractContextManager, aclosing
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -24,16 +24,13 @@ from chatterbox_vllm.api.render import Renderer, render
 from chatterbox_vllm.api.schemas import SpeechBody
 from chatterbox_vllm.api.services import Services
 from chatterbox_vllm.api.wire import EventWire, FileWire, Wire, start
-from chatterbox_vllm.audio.encode import FORMATS, wav_header
-from chatterbox_vllm.errors import EngineDead, EngineError, InvalidRequest
-from chatterbox_vllm.types import SAMPLE_RATE, SAMPLES_PER_TOKEN, SpeechRequest
+from chatterbox_vllm.audio.encode import FORMATS
+from chatterbox_vllm.errors import EngineDead, InvalidRequest
+from chatterbox_vllm.types import SAMPLES_PER_TOKEN, SpeechRequest
 
 if TYPE_CHECKING:
     from chatterbox_vllm.engine import AsyncChatterbox
     from chatterbox_vllm.types import VoiceFeatures
-
-_SOUNDLESS: Final = (b"", wav_header(SAMPLE_RATE), wav_header(SAMPLE_RATE, 0))
-"""What there is of a file before its first sample."""
 
 
 class StreamBroken(Exception):
@@ -95,8 +92,6 @@ class SpokenAnswer(Response):
         samples = await self._engine.speak(request)
         record.samples = len(samples)
         content = await asyncio.to_thread(render, samples, self._body.format, self._body.tempo)
-        if content in _SOUNDLESS:
-            raise self._vanished()
         await send(start(FORMATS[self._body.format], {"Content-Length": str(len(content))}))
         await send({"type": "http.response.body", "body": content})
 
@@ -119,17 +114,12 @@ class SpokenAnswer(Response):
             async for samples in pieces:
                 record.samples += len(samples)
                 ready += await renderer.feed(samples)
-                if ready not in _SOUNDLESS:
+                if renderer.sounds and ready:
                     await wire.sound(ready)
                     ready = b""
         ready += renderer.finish()
-        if ready in _SOUNDLESS and not wire.started:
-            raise self._vanished()
         await wire.sound(ready)
         await wire.done(_usage(request, record.samples))
-
-    def _vanished(self) -> EngineError:
-        return EngineError(f"speed {self._body.tempo:g} leaves nothing of so short a sound; choose a lower one")
 
 
 def _usage(request: SpeechRequest, samples: int) -> dict[str, int]:
