@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -21,10 +22,16 @@ logger = logging.getLogger(__name__)
 
 CONTROL: Final = "nvidia-cuda-mps-control"
 _SECONDS: Final = 20.0
+_GUARD: Final = """cat > /dev/null
+echo quit | "$0"
+status=$?
+rm -rf "$CUDA_MPS_PIPE_DIRECTORY"
+exit $status"""
+"""Ends the daemon when its standard input is closed: by us, or because this program is gone, however it ended."""
 
 
 class Mps:
-    """A control daemon of our own, which ends with ``stop`` or with the program.
+    """A control daemon of our own, which ends with ``stop`` or with the program, be that killed.
 
     From now on this process and those that it starts share the GPU this way, if they have not used CUDA before.
 
@@ -39,43 +46,48 @@ class Mps:
                 f"mps needs {CONTROL}, part of NVIDIA's driver, which was not found; leave mps out, or install it",
                 param="mps",
             )
-        self._program = program
         self._folder: Path | None = Path(tempfile.mkdtemp(prefix="chatterbox-mps-"))
         for name in ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"):
             os.environ[name] = str(self._folder)
-        if trouble := self._run("-d"):
+        if trouble := _answer(self._run(program, "-d")):
             self._remove()
             raise ConfigurationError(f"mps could not be started: {trouble}; leave mps out, or mend that", param="mps")
+        self._guard = self._run("sh", "-c", _GUARD, program)
         atexit.register(self.stop)
 
     def stop(self) -> None:
         """Ends the daemon, once the processes that use it are gone. May be called again."""
         if self._folder is not None:
-            if trouble := self._run(text="quit\n"):
+            if trouble := _answer(self._guard):
                 logger.warning("mps could not be ended: %s", trouble)
             self._remove()
 
-    def _run(self, *arguments: str, text: str = "") -> str | None:
-        """Hands ``text`` to the program; returns what went wrong, if anything did."""
+    def _run(self, *command: str) -> subprocess.Popen[str]:
         # It would number the cards that the variable leaves anew, and who uses them would choose by it once more.
         environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-        try:
-            reply = subprocess.run(
-                [self._program, *arguments],
-                input=text,
-                capture_output=True,
-                text=True,
-                timeout=_SECONDS,
-                check=False,
-                env=environment,
-            )
-        except subprocess.TimeoutExpired:
-            return f"{CONTROL} did not answer within {_SECONDS:g} s"
-        if reply.returncode == 0:
-            return None
-        return f"{CONTROL} says: {(reply.stderr or reply.stdout).strip() or f'exit status {reply.returncode}'}"
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for whoever uses the daemon first
+        )
 
     def _remove(self) -> None:
         assert self._folder is not None
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
+
+
+def _answer(process: subprocess.Popen[str]) -> str | None:
+    """Closes its standard input and waits for its end; returns what went wrong, if anything did."""
+    try:
+        said, complaint = process.communicate(timeout=_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return f"{CONTROL} did not answer within {_SECONDS:g} s"
+    if process.returncode == 0:
+        return None
+    return f"{CONTROL} says: {(complaint or said).strip() or f'exit status {process.returncode}'}"

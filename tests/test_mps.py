@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,6 +55,26 @@ def test_the_daemon_serves_every_card_and_its_users_choose(control, monkeypatch)
     Mps().stop()
     assert log.with_name("calls.cards").read_text().split() == ["all", "all"]
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_the_daemon_does_not_outlive_a_program_that_is_killed(control):
+    log = control()
+    program = "import sys, time; from chatterbox_vllm.mps import Mps; Mps(); print('up', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout.readline() == "up\n"
+        killed.kill()
+    until(lambda: len(log.read_text().splitlines()) == 2)
+    started, ended = log.read_text().splitlines()
+    folder = Path(started.split()[1])
+    assert ended == f" {folder} quit"
+    until(lambda: not folder.exists())
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_daemon_that_does_not_start_says_why(control):
