@@ -25,8 +25,9 @@ from chatterbox_vllm.budget import parse_bytes
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.errors import ConfigurationError, EngineDead, EngineError
 from chatterbox_vllm.loading import Setup, Stages, components_of, load, log_applied, settled
-from chatterbox_vllm.parts import speaking, together, vocoded, vocoded_whole
+from chatterbox_vllm.parts import speaking, together, vocoded_whole
 from chatterbox_vllm.quantization.policy import Policy
+from chatterbox_vllm.streaming import vocoded
 from chatterbox_vllm.t3.generator import STALLED_SECONDS
 from chatterbox_vllm.t3.prompt import STREAM_INTERVAL
 from chatterbox_vllm.text.frontend import TextFrontend
@@ -285,7 +286,9 @@ class AsyncChatterbox:
         return Health(live=not dead, ready=reason is None, reason=reason, active=self._active)
 
     async def stream(self, request: SpeechRequest, listening: Listening = AT_ONCE) -> AsyncGenerator[Samples, None]:
-        """Sound as it is made: float32 arrays (n,) at 24 kHz. Closing the generator aborts the request everywhere.
+        """Sound as it is made, the first once it will last: float32 arrays (n,) at 24 kHz.
+
+        Closing the generator aborts the request everywhere.
 
         Args:
             listening: what becomes of the sound afterwards.
@@ -298,15 +301,15 @@ class AsyncChatterbox:
             texts = await self._prepared(request)
             # Who gives a seed wants the same sound in any company.
             alone = self._streams == 1 and request.options.seed is None
-            async with speaking(self._t3, texts, request, interval=STREAM_INTERVAL, alone=alone) as parts:
-                for part in parts:
-                    async with aclosing(vocoded(self._worker, part, self._schedule, playback, alone=alone)) as chunks:
-                        alone = False  # the parts that follow are not waited for
-                        async for chunk in chunks:
-                            samples = await asyncio.to_thread(mark.feed, chunk.numpy()) if mark else chunk.numpy()
-                            if len(samples):
-                                spoken = True
-                                yield samples
+            async with (
+                speaking(self._t3, texts, request, interval=STREAM_INTERVAL, alone=alone) as parts,
+                aclosing(vocoded(self._worker, parts, self._schedule, playback, alone=alone)) as pieces,
+            ):
+                async for piece in pieces:
+                    samples = await asyncio.to_thread(mark.feed, piece.numpy()) if mark else piece.numpy()
+                    if len(samples):
+                        spoken = True
+                        yield samples
             if mark and len(samples := await asyncio.to_thread(mark.finish)):
                 spoken = True
                 yield samples

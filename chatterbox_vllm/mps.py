@@ -21,6 +21,7 @@ from chatterbox_vllm.errors import ConfigurationError
 logger = logging.getLogger(__name__)
 
 CONTROL: Final = "nvidia-cuda-mps-control"
+_CARDS: Final = "CUDA_VISIBLE_DEVICES"
 _SECONDS: Final = 20.0
 _GUARD: Final = """cat > /dev/null
 echo quit | "$0"
@@ -63,8 +64,10 @@ class Mps:
             self._remove()
 
     def _run(self, *command: str) -> subprocess.Popen[str]:
-        # It would number the cards that the variable leaves anew, and who uses them would choose by it once more.
-        environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+        environment = dict(os.environ)
+        if environment.get(_CARDS, "").replace(",", "").strip().isdigit():
+            # It would number the cards that are left anew, and who uses them would choose by these numbers once more.
+            del environment[_CARDS]
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -1,36 +1,31 @@
 """The parts of one request, each an utterance, on their way through T3 and the vocoder.
 
 T3 speaks all of them at once. A stream's are vocoded in order, in chunks, while tokens still come; a whole file's each
-in one piece, when its tokens are complete. A stream's first sound waits until a player would not run dry after it.
+in one piece, when its tokens are complete.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
 from typing import Any, Final, TypeVar
 
 import torch
 
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.prompt import LONE_INTERVAL
-from chatterbox_vllm.types import SPOKEN_TOKENS, Listening, SpeechRequest
-from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
-from chatterbox_vllm.vocoder.pace import Arrivals, Pace
-from chatterbox_vllm.vocoder.prompts import usable_tokens
-from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback, due_of_file
+from chatterbox_vllm.types import SPOKEN_TOKENS, TOKEN_RATE, SpeechRequest
+from chatterbox_vllm.vocoder.pace import Arrivals
+from chatterbox_vllm.vocoder.schedule import due_of_file
 from chatterbox_vllm.vocoder.utterance import Chunk, Utterance, open_utterance
 from chatterbox_vllm.vocoder.worker import VocoderPool
 
 T = TypeVar("T")
 TOKENS_PER_ID: Final = 4
-"""Speech tokens that a text's token is expected to become, at most: mostly it is about three."""
+"""Speech tokens that a text's token is expected to become: mostly it is about three."""
 
 
 @dataclass(eq=False)
@@ -60,10 +55,11 @@ class Part:
 
     @property
     def expected(self) -> int:
-        """Speech tokens it will have, as far as is known."""
+        """Speech tokens it will have, as far as is known. Until its end is, there is a second more to come."""
         if self.arrivals.complete:
             return self.arrivals.count
-        return max(self.arrivals.count, min(self.request.options.max_tokens, TOKENS_PER_ID * len(self.text)))
+        most = max(self.arrivals.count, TOKENS_PER_ID * len(self.text)) + TOKEN_RATE
+        return max(self.arrivals.count, min(self.request.options.max_tokens, most))
 
     async def take(self) -> tuple[list[int], bool]:
         """Waits for tokens and takes all there are; True with the last ones. Raises what T3 raised."""
@@ -121,66 +117,6 @@ async def _generate(t3: T3Generator, part: Part, *, interval: int | None) -> Non
         part.arrivals.complete = True
     finally:
         part.tokens.put_nowait(None)
-
-
-async def vocoded(
-    vocoder: VocoderPool, part: Part, schedule: ChunkSchedule, playback: Playback, *, alone: bool
-) -> AsyncGenerator[torch.Tensor, None]:
-    """A part's sound in growing chunks, (n,) float32 each, while its tokens still come.
-
-    How fast they come does not decide where they are cut: so a stream with a seed can be repeated. It decides when the
-    stream's first sound is handed out: when by this part's pace a player that starts then does not run dry.
-
-    Args:
-        vocoder: makes it.
-        part: of which T3 speaks.
-        schedule: how large chunks are.
-        playback: of the stream, by which chunks are due.
-        alone: whether no other stream runs, so that the first chunk may be smaller.
-    """
-    state, waiting, complete, held = part.open(), list[int](), False, list[torch.Tensor]()
-    sizes = partial(schedule.sizes, alone=alone, listening=playback.listening)
-    for count, size in enumerate(sizes(), start=1):
-        while len(waiting) < size and not complete:
-            new, complete = await part.take()
-            waiting += new
-        # Tokens that end exactly with a chunk are followed by an empty one, however soon the end is known.
-        final = len(waiting) < size
-        began = time.monotonic()
-        held.append(await vocoder.submit(Chunk(state, _ids(waiting[:size]), final=final, due=playback.due)))
-        seconds = time.monotonic() - began
-        spoken, following = len(state.tokens), islice(sizes(), count, None)
-        if final or playback.has_begun or _lasts(part, following, spoken, seconds, playback.listening):
-            for samples in held:
-                playback.delivered(len(samples))
-                if len(samples):
-                    yield samples
-            held = []
-        if final:
-            return
-        waiting = waiting[size:]
-
-
-def _lasts(part: Part, sizes: Iterable[int], spoken: int, seconds: float, listening: Listening) -> bool:
-    """Whether a player that starts now would not run dry.
-
-    Args:
-        part: the stream's first.
-        sizes: of its chunks that follow.
-        spoken: its tokens whose chunks are answered.
-        seconds: that the latest chunk took in the vocoder.
-        listening: how its sound is heard.
-    """
-    recording = usable_tokens(part.request.voice)
-    pace = Pace(part.arrivals.seconds_per_token, seconds / (FRAMES_PER_TOKEN * (recording + spoken)))
-    return pace.lasts(
-        sizes,
-        spoken=spoken,
-        arrivals=part.arrivals,
-        expected=part.expected,
-        recording=recording,
-        listening=listening,
-    )
 
 
 async def vocoded_whole(vocoder: VocoderPool, part: Part) -> torch.Tensor:

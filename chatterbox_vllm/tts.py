@@ -143,6 +143,8 @@ class ChatterboxTTS:
     ) -> Generator[Tensor, None, None]:
         """Speaks one text, piece by piece: (1, n) float32 tensors as they are ready. Leaving the loop aborts it.
 
+        The first comes once a player that starts with it would not run dry: on a slow machine, late.
+
         Raises:
             InvalidRequest, EngineError: as ``generate``; what can be told beforehand is raised at once.
         """

@@ -22,7 +22,18 @@ LEVELS = [
     {"settings"},
     {"text", "audio", "checkpoint", "demo_checkpoint", "upstream"},
     {"t3", "vocoder", "voices"},
-    {"arguments", "budget", "costs", "engine", "loading", "parts", "quantization_config", "tenancy", "tts"},
+    {
+        "arguments",
+        "budget",
+        "costs",
+        "engine",
+        "loading",
+        "parts",
+        "quantization_config",
+        "streaming",
+        "tenancy",
+        "tts",
+    },
     {"api", "cli", "bench", "convert", "doctor", "evaluate"},
 ]
 STAGES = {"t3", "vocoder", "voices"}

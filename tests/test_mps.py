@@ -48,13 +48,14 @@ def test_the_daemon_lives_between_start_and_stop(control):
     assert not Path(folder).exists()
 
 
-def test_the_daemon_serves_every_card_and_its_users_choose(control, monkeypatch):
-    """Else the second card of two, chosen by a variable, would be looked for among the one that is left."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+@pytest.mark.parametrize(("chosen", "served"), [("1", "all"), ("0,2", "all"), ("GPU-5,GPU-7", "GPU-5,GPU-7")])
+def test_the_daemon_numbers_no_card_anew(control, monkeypatch, chosen, served):
+    """Else the second card of two, chosen by its number, would be looked for among the one that is left."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     log = control()
     Mps().stop()
-    assert log.with_name("calls.cards").read_text().split() == ["all", "all"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
+    assert log.with_name("calls.cards").read_text().split() == [served] * 2
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
 
 
 def test_the_daemon_does_not_outlive_a_program_that_is_killed(control):

@@ -52,7 +52,7 @@ class _Codec:
 
 _CODECS: Final[dict[str, _Codec]] = {
     "mp3": _Codec("libmp3lame", "mp3", 0.072, 96_000, stream_options={"write_xing": "0", "id3v2_version": "0"}),
-    "opus": _Codec("libopus", "ogg", 0.04, 64_000, stream_options={"page_duration": "20000"}),
+    "opus": _Codec("libopus", "ogg", 0.047, 64_000, stream_options={"page_duration": "20000"}),
     "aac": _Codec("aac", "adts", 0.086, 96_000),
     # 48 ms frames instead of 96; no 8 KiB of padding in front of the first one
     "flac": _Codec("flac", "flac", 0.048, None, "s16", {"frame_size": "1152"}, {"metadata_header_padding": "0"}),

@@ -1,14 +1,14 @@
 """Whether a stream's sound lasts until more of it comes.
 
 Where T3 or the vocoder is slow, a player that starts with the first chunk's sound would run dry before the next one.
-So ``parts.vocoded`` holds the first sound back until, by the pace of this very stream, all that follows comes in time.
-That decides when sound is handed out, never where it is cut.
+So ``streaming.vocoded`` holds the first sound back until, by the pace of this very stream, all that follows comes in
+time. That decides when sound is handed out, never where it is cut.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -50,6 +50,35 @@ class Arrivals:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """What is still to come of a part.
+
+    Args:
+        sizes: tokens of the chunks that follow, without end.
+        spoken: tokens whose chunks are answered.
+        arrivals: of its tokens.
+        expected: tokens that it will have.
+        recording: tokens of the voice's recording, over which the flow runs, too.
+    """
+
+    sizes: Iterable[int]
+    spoken: int
+    arrivals: Arrivals
+    expected: int
+    recording: int
+
+    def chunks(self) -> Iterator[tuple[int, int, bool]]:
+        """Of each: how many of the part's tokens are vocoded before it, how many with it, whether it is the last."""
+        spoken = self.spoken
+        for size in self.sizes:
+            before, spoken = spoken, min(spoken + size, self.expected)
+            final = before + size > self.expected
+            yield before, spoken, final
+            if final:
+                return
+
+
+@dataclass(frozen=True)
 class Pace:
     """How fast a stream is made.
 
@@ -61,36 +90,24 @@ class Pace:
     token: float
     frame: float
 
-    def lasts(
-        self,
-        sizes: Iterable[int],
-        *,
-        spoken: int,
-        arrivals: Arrivals,
-        expected: int,
-        recording: int,
-        listening: Listening = AT_ONCE,
-    ) -> bool:
-        """Whether a player that starts now, with all sound so far, would never run dry.
+    def lasts(self, sound: float, rests: Iterable[Rest], listening: Listening = AT_ONCE) -> bool:
+        """Whether a player that starts now, with so many seconds of sound, would not run dry.
 
         Args:
-            sizes: tokens of the chunks that follow, without end.
-            spoken: tokens whose chunks are answered.
-            arrivals: of the part's tokens.
-            expected: tokens that the part will have.
-            recording: tokens of the voice's recording, over which the flow runs, too.
-            listening: how its sound is heard.
+            sound: all there is, in seconds.
+            rests: of the part at hand and of those after it.
+            listening: how it is heard.
         """
-        arrival, there = 0.0, arrivals.count + arrivals.complete
-        for size in sizes:
-            lasting = (spoken - HELD_TOKENS) / TOKEN_RATE / listening.speed - listening.behind
-            final = spoken + size > expected
-            spoken = min(spoken + size, expected)
-            # That there is no further token is known when T3 stops, which is one more.
-            told = max(0, spoken + final - there) * self.token
-            arrival = max(told, arrival) + self.frame * FRAMES_PER_TOKEN * (recording + spoken)
-            if arrival * SAFETY > lasting:
-                return False
-            if final:
-                break
+        arrival = 0.0
+        for rest in rests:
+            out, there = max(0, rest.spoken - HELD_TOKENS), rest.arrivals.count + rest.arrivals.complete
+            for before, spoken, final in rest.chunks():
+                more = max(0, before - HELD_TOKENS) - out
+                lasting = (sound + more / TOKEN_RATE) / listening.speed - listening.behind
+                # That there is no further token is known when T3 stops, which is one more.
+                told = max(0, spoken + final - there) * self.token
+                arrival = max(told, arrival) + self.frame * FRAMES_PER_TOKEN * (rest.recording + spoken)
+                if arrival * SAFETY > lasting:
+                    return False
+            sound += (rest.expected - out) / TOKEN_RATE
         return True

@@ -31,6 +31,7 @@ from typing import Final
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.types import AT_ONCE, SAMPLE_RATE, TOKEN_RATE, Listening
+from chatterbox_vllm.vocoder.pace import HELD_TOKENS
 
 MARGIN: Final = 0.25
 """Seconds before its listener's last sample that a stream's next chunk is due: it takes time to be spoken and sent."""
@@ -71,11 +72,13 @@ class ChunkSchedule:
 
         Args:
             alone: there is no other stream.
-            listening: the short chunks of a stream that is alone are longer by what is kept back of them.
+            listening: the short chunks of a stream that is alone are longer where it would hear less of them.
         """
         size = float(self.first)
         if alone:
-            size = float(self.alone + math.ceil(listening.behind * listening.speed * TOKEN_RATE))
+            kept = listening.behind * listening.speed * TOKEN_RATE
+            faster = max(0, self.alone - HELD_TOKENS) * max(0.0, listening.speed - 1.0)
+            size = float(self.alone + math.ceil(round(kept + faster, 6)))
             yield min(self.largest, int(size))
         while True:
             yield min(self.largest, int(size))
