@@ -166,7 +166,8 @@ def test_schedule():
         return list(islice(schedule.sizes(alone=alone), count))
 
     assert sizes(7, ChunkSchedule(), alone=True) == [15, 15, 30, 60, 120, 240, 240]
-    assert list(islice(ChunkSchedule().sizes(alone=True, listening=Listening(2.0, 0.02)), 4)) == [16, 16, 32, 64]
+    assert list(islice(ChunkSchedule().sizes(alone=True, listening=Listening(behind=0.04)), 4)) == [16, 16, 32, 64]
+    assert list(islice(ChunkSchedule().sizes(alone=True, listening=Listening(2.0, 0.02)), 4)) == [18, 18, 36, 72]
     assert list(islice(ChunkSchedule().sizes(alone=False, listening=Listening(2.0, 0.02)), 2)) == [26, 52]
     assert sizes(6, ChunkSchedule(), alone=False) == [26, 52, 104, 208, 240, 240]
     assert sizes(5, ChunkSchedule(first=10, growth=1.5, largest=30), alone=False) == [10, 15, 22, 30, 30]
