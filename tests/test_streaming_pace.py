@@ -114,6 +114,26 @@ def test_tokens_that_are_there_are_not_waited_for() -> None:
     assert not lasts(arrived(78), 78)
 
 
+@pytest.mark.parametrize(
+    ("expected", "chunks"),
+    [
+        (20, [(0, 20, True)]),
+        (26, [(0, 26, False), (26, 26, True)]),  # that these are all is known later
+        (100, [(0, 26, False), (26, 78, False), (78, 100, True)]),
+    ],
+)
+def test_which_chunks_are_still_to_come(expected: int, chunks: list[tuple[int, int, bool]]) -> None:
+    (coming,) = rest([26, 52, 104, 208], 0, arrived(0), expected)
+    assert list(coming.chunks()) == chunks
+
+
+def test_the_sound_of_a_part_is_there_when_the_next_one_is_to_come() -> None:
+    speed = Pace(0.0, 0.0005)
+    (ends,), (follows,) = (rest([200], 0, arrived(100, complete=True), 100) for _ in range(2))
+    assert speed.lasts(0.5, [ends, follows])
+    assert not speed.lasts(0.3, [ends, follows])
+
+
 def test_what_is_predicted_may_take_longer() -> None:
     """By ``SAFETY``, and no more. 600 frames take a second here."""
     speed, following = Pace(0.0, 1 / 600), rest([51], 0, arrived(50, complete=True), 50)
@@ -424,6 +444,19 @@ def test_once_it_has_begun_nothing_waits(clock: Clock, monkeypatch: pytest.Monke
     monkeypatch.setattr(Pace, "lasts", noted)
     assert len(listen(clock, 0.060, 1e-5, texts=[40, 40], counts=[120, 120]).pieces) == 6
     assert decided == [(13, [26, 0]), (65, [78, 0]), (120, [0])]
+
+
+def test_the_pace_is_that_of_the_latest_chunk() -> None:
+    part = Part([1], REQUEST, 0)
+    piece = streaming._Piece(torch.empty(0), 1, 75, 0.5, final=False)
+    assert streaming._pace(part, piece) == Pace(0.0, 0.5 / (2 * (25 + 75)))
+
+
+def test_chunks_are_longer_for_who_hears_less_of_them(clock: Clock) -> None:
+    """And only those of a lone stream's first part are short."""
+    two = {"texts": [40, 40], "counts": [40, 40], "alone": True}
+    assert listen(clock, 0.002, 1e-5, **two).chunks == [15, 15, 10, 26, 14]
+    assert listen(clock, 0.002, 1e-5, **two, listening=Listening(behind=0.112)).chunks == [18, 18, 4, 26, 14]
 
 
 def test_what_is_no_sound_does_not_count(clock: Clock) -> None:

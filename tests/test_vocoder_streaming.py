@@ -167,6 +167,7 @@ def test_schedule():
 
     assert sizes(7, ChunkSchedule(), alone=True) == [15, 15, 30, 60, 120, 240, 240]
     assert list(islice(ChunkSchedule().sizes(alone=True, listening=Listening(behind=0.04)), 4)) == [16, 16, 32, 64]
+    assert next(ChunkSchedule().sizes(alone=True, listening=Listening(behind=0.28))) == 22  # 0.28 x 25 is not quite 7
     assert list(islice(ChunkSchedule().sizes(alone=True, listening=Listening(2.0, 0.02)), 4)) == [18, 18, 36, 72]
     assert list(islice(ChunkSchedule().sizes(alone=False, listening=Listening(2.0, 0.02)), 2)) == [26, 52]
     assert sizes(6, ChunkSchedule(), alone=False) == [26, 52, 104, 208, 240, 240]
@@ -191,6 +192,9 @@ def test_when_chunks_are_due(monkeypatch):
     assert listener.due == 101.5 - MARGIN  # too late: a second and a half of silence
     listener.delivered(24_000)
     assert listener.due == 104.0 - MARGIN
+    hurried = Playback(Listening(2.0, 0.1))
+    hurried.delivered(24_000)
+    assert hurried.due == pytest.approx(103.5 - 0.1 - MARGIN)
 
 
 @pytest.mark.parametrize(
