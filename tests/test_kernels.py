@@ -10,6 +10,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,12 @@ import pytest
 from tests.kernel_support import ON_CARD
 
 ROOT = Path(__file__).resolve().parent.parent
-INTERPRETED = ("tests/test_vocoder_cuda.py", "tests/test_t3_sampler.py", "tests/test_t3_attention.py")
+INTERPRET = {"TRITON_INTERPRET": "1"}
+RUNS = {
+    "the vocoder's, in the interpreter": (["tests/test_vocoder_cuda.py"], INTERPRET),
+    "T3's, in the interpreter": (["tests/test_t3_sampler.py", "tests/test_t3_attention.py"], INTERPRET),
+    "all, in the compiler": (["tests/test_kernels_compile.py"], {}),
+}
 TRITON = Path(sys.prefix) / "kernels"
 pytestmark = [
     pytest.mark.skipif(
@@ -27,17 +34,24 @@ pytestmark = [
 ]
 
 
-def run(*files: str, **environment: str) -> None:
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[str]]]:
+    """All of them, two at a time: each would leave a core idle."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(printed, *files, TRITON_CACHE_DIR=cache, OMP_NUM_THREADS="1", **environment)
+            for name, (files, environment) in RUNS.items()
+        }
+
+
+def printed(*files: str, **environment: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = os.environ | {"PYTHONPATH": str(TRITON)} | environment
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-8000:]
-    assert re.search(r"^\d+ passed(, \d+ warnings?)? in", done.stdout.splitlines()[-1]), done.stdout[-500:]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False).stdout
 
 
-def test_the_kernels_in_tritons_interpreter() -> None:
-    run(*INTERPRETED, TRITON_INTERPRET="1")
-
-
-def test_the_kernels_compile(tmp_path: Path) -> None:
-    run("tests/test_kernels_compile.py", TRITON_CACHE_DIR=str(tmp_path))
+@pytest.mark.parametrize("name", RUNS)
+def test_the_kernels(running: dict[str, Future[str]], name: str) -> None:
+    told = running[name].result()
+    assert re.search(r"^\d+ passed(, \d+ warnings?)? in", told, re.MULTILINE), told[-8000:]
