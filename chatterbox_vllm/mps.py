@@ -65,7 +65,7 @@ class Mps:
 
     def _run(self, *command: str) -> subprocess.Popen[str]:
         environment = dict(os.environ)
-        if environment.get(_CARDS, "").replace(",", "").strip().isdigit():
+        if all(card.strip().isdigit() for card in environment.get(_CARDS, "all").split(",")):
             # It would number the cards that are left anew, and who uses them would choose by these numbers once more.
             del environment[_CARDS]
         return subprocess.Popen(

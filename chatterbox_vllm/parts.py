@@ -125,7 +125,7 @@ async def vocoded_whole(vocoder: VocoderPool, part: Part) -> torch.Tensor:
     while not final:
         new, final = await part.take()
         tokens += new
-    return await vocoder.submit(Chunk(part.open(), _ids(tokens), final=True, due=due_of_file()))
+    return await vocoder.submit(Chunk(part.open(), ids(tokens), final=True, due=due_of_file()))
 
 
 async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -139,5 +139,6 @@ async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _ids(tokens: list[int]) -> torch.Tensor:
+def ids(tokens: list[int]) -> torch.Tensor:
+    """Speech tokens as the vocoder takes them: (n,) int64."""
     return torch.tensor(tokens, dtype=torch.int64)

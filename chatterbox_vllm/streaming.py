@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
-import torch
 from torch import Tensor
 
-from chatterbox_vllm.parts import Part
+from chatterbox_vllm.parts import Part, ids
 from chatterbox_vllm.types import SAMPLE_RATE
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.pace import Pace, Rest
@@ -81,7 +80,7 @@ async def _pieces(
     vocoder: VocoderPool, part: Part, sizes: Iterator[int], playback: Playback
 ) -> AsyncGenerator[_Piece, None]:
     """A part's, each when it is asked for and its tokens are there."""
-    state, waiting, complete, final = part.open(), list[int](), False, False
+    state, waiting, complete = part.open(), list[int](), False
     for number, size in enumerate(sizes, start=1):
         while len(waiting) < size and not complete:
             new, complete = await part.take()
@@ -89,8 +88,7 @@ async def _pieces(
         # Tokens that end exactly with a chunk are followed by an empty one, however soon the end is known.
         final = len(waiting) < size
         began = time.monotonic()
-        tokens = torch.tensor(waiting[:size], dtype=torch.int64)
-        samples = await vocoder.submit(Chunk(state, tokens, final=final, due=playback.due))
+        samples = await vocoder.submit(Chunk(state, ids(waiting[:size]), final=final, due=playback.due))
         yield _Piece(samples, number, len(state.tokens), time.monotonic() - began, final)
         if final:
             return

@@ -48,7 +48,9 @@ def test_the_daemon_lives_between_start_and_stop(control):
     assert not Path(folder).exists()
 
 
-@pytest.mark.parametrize(("chosen", "served"), [("1", "all"), ("0,2", "all"), ("GPU-5,GPU-7", "GPU-5,GPU-7")])
+@pytest.mark.parametrize(
+    ("chosen", "served"), [("1", "all"), ("0,2", "all"), ("0, 2", "all"), ("GPU-5,GPU-7", "GPU-5,GPU-7")]
+)
 def test_the_daemon_numbers_no_card_anew(control, monkeypatch, chosen, served):
     """Else the second card of two, chosen by its number, would be looked for among the one that is left."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
