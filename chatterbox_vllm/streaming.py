@@ -67,7 +67,7 @@ async def vocoded(
                     if not piece.final:
                         rests.insert(0, _rest(part, islice(sizes(), piece.number, None), piece.spoken))
                     sound = sum(map(len, held)) / SAMPLE_RATE
-                    if not _pace(part, piece).lasts(sound, rests, playback.listening):
+                    if not _pace(vocoder, part, piece, playback).lasts(sound, rests, playback.listening):
                         continue
                 for samples in held:
                     playback.delivered(len(samples))
@@ -84,6 +84,7 @@ async def _pieces(
     for number, size in enumerate(sizes, start=1):
         while len(waiting) < size and not complete:
             new, complete = await part.take()
+            playback.announce()
             waiting += new
         # Tokens that end exactly with a chunk are followed by an empty one, however soon the end is known.
         final = len(waiting) < size
@@ -99,6 +100,8 @@ def _rest(part: Part, sizes: Iterator[int], spoken: int = 0) -> Rest:
     return Rest(sizes, spoken, part.arrivals, part.expected, usable_tokens(part.request.voice))
 
 
-def _pace(part: Part, latest: _Piece) -> Pace:
+def _pace(vocoder: VocoderPool, part: Part, latest: _Piece, playback: Playback) -> Pace:
     frames = FRAMES_PER_TOKEN * (usable_tokens(part.request.voice) + latest.spoken)
-    return Pace(part.arrivals.seconds_per_token, latest.seconds / frames)
+    # Who came meanwhile has no chunk in the queue yet, so that it is streams that count. Theirs are about as long.
+    queue = (playback.others_waited_for + 1) * frames * vocoder.seconds_per_frame
+    return Pace(part.arrivals.seconds_per_token, latest.seconds / frames, queue)

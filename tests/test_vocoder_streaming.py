@@ -192,9 +192,23 @@ def test_when_chunks_are_due(monkeypatch):
     assert listener.due == 101.5 - MARGIN  # too late: a second and a half of silence
     listener.delivered(24_000)
     assert listener.due == 104.0 - MARGIN
+    assert listener.others_waited_for == 0
     hurried = Playback(Listening(2.0, 0.1))
     hurried.delivered(24_000)
     assert hurried.due == pytest.approx(103.5 - 0.1 - MARGIN)
+
+
+def test_who_is_waited_for():
+    company = [Playback() for _ in range(3)]
+    one = Playback(company=company)
+    company.append(one)
+    assert one.others_waited_for == 0  # T3 may not have begun with them
+    for other in company:
+        other.announce()
+    assert one.others_waited_for == 3
+    company[0].delivered(0)
+    company[1].delivered(1)
+    assert (one.others_waited_for, one.is_waited_for, company[1].is_waited_for) == (2, True, False)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.host import ThreadHost
 from chatterbox_vllm.vocoder.service import Service, pick
 from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
-from chatterbox_vllm.vocoder.wire import Begun, Ended, Failed, Limits, Order, Read, Ready, Speak, Tell
+from chatterbox_vllm.vocoder.wire import Begun, Ended, Failed, Limits, Order, Read, Ready, Speak, Spoken, Tell
 from chatterbox_vllm.vocoder.worker import GONE, HANGING, VocoderPool, VocoderStats
 from tests.vocoder_support import At, Here, said, speech, vocoder, voice
 
@@ -304,6 +304,25 @@ def test_what_was_done_is_counted():
         assert stats.frames == 2 * (3 * 5 + 1 + 2 + 3)
         assert 0 < stats.busy_seconds < 10
         assert 0 < stats.queue_wait_seconds < 10
+
+    run(scenario)
+
+
+def test_how_fast_it_is_of_late():
+    """Of two batches, the later one counts more, and so do frames."""
+
+    async def scenario(pool, stub):
+        assert pool.seconds_per_frame == 0.0
+        stub.gate.set()
+        await pool.submit(chunk(count=1))
+        (one,) = pool._workers
+        for frames, seconds in ((100, 1.0), (300, 2.0)):
+            pool._recent_seconds = pool._recent_frames = 0.0
+            pool._spoken(one, Spoken((), [], 100, 1.0, (), VocoderFootprint({}, {})))
+            pool._spoken(one, Spoken((), [], frames, seconds, (), VocoderFootprint({}, {})))
+            assert pool.seconds_per_frame == pytest.approx((0.9 + seconds) / (90 + frames))
+        one.up = False
+        assert pool.seconds_per_frame > 0.0
 
     run(scenario)
 

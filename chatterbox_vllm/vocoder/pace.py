@@ -85,10 +85,12 @@ class Pace:
     Args:
         token: seconds that T3 takes for a token.
         frame: seconds that the vocoder takes for each frame its flow works on, the wait in its queue included.
+        queue: seconds after which it will be done with the next chunk at the soonest, for all that goes before it.
     """
 
     token: float
     frame: float
+    queue: float = 0.0
 
     def lasts(self, sound: float, rests: Iterable[Rest], listening: Listening = AT_ONCE) -> bool:
         """Whether a player that starts now, with so many seconds of sound, would not run dry.
@@ -107,6 +109,7 @@ class Pace:
                 # That there is no further token is known when T3 stops, which is one more.
                 told = max(0, spoken + final - there) * self.token
                 arrival = max(told, arrival) + self.frame * FRAMES_PER_TOKEN * (rest.recording + spoken)
+                arrival = max(arrival, self.queue)
                 if arrival * SAFETY > lasting:
                     return False
             sound += (rest.expected - out) / TOKEN_RATE

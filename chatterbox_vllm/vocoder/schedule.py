@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -89,11 +89,21 @@ class Playback:
     """When a listener who plays a stream from its first sound on has heard all there is.
 
     After a pause in the sound the player goes on from where it was.
+
+    Args:
+        listening: how the stream is heard.
+        company: of all streams that run, this one among them or not.
     """
 
-    def __init__(self, listening: Listening = AT_ONCE) -> None:
+    def __init__(self, listening: Listening = AT_ONCE, company: Collection[Playback] = ()) -> None:
         self.listening = listening
+        self._company = company
+        self._announced = False
         self._dry: float | None = None
+
+    def announce(self) -> None:
+        """Notes that T3 speaks, so that the first chunk is soon to come."""
+        self._announced = True
 
     def delivered(self, samples: int) -> None:
         """Notes that so many more samples are there to be heard."""
@@ -105,6 +115,16 @@ class Playback:
     def has_begun(self) -> bool:
         """Whether there was sound, so that the player runs."""
         return self._dry is not None
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether its next chunk, there already or soon to come, is due at once."""
+        return self._announced and not self.has_begun
+
+    @property
+    def others_waited_for(self) -> int:
+        """Other streams whose next chunk goes before this one's, if this one begins to be heard."""
+        return sum(other.is_waited_for for other in self._company if other is not self)
 
     @property
     def due(self) -> float:

@@ -36,6 +36,8 @@ TOO_LONG: Final = 3
 """A worker that tells nothing for so many times its host's patience is ended."""
 TICK: Final = 1.0
 """Seconds between two looks at who tells nothing."""
+FADING: Final = 0.9
+"""By what the weight of each batch in ``VocoderPool.seconds_per_frame`` shrinks with the next."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class VocoderPool:
         self._homeless: dict[int, _Job] = {}
         self._speaking: set[Utterance] = set()
         self._stats = VocoderStats()
+        self._recent_seconds = self._recent_frames = 0.0
         self._watching: asyncio.TimerHandle | None = None
         self._closing = False
 
@@ -138,6 +141,12 @@ class VocoderPool:
     @property
     def stats(self) -> VocoderStats:
         return replace(self._stats, waiting=self.waiting)
+
+    @property
+    def seconds_per_frame(self) -> float:
+        """That the workers together take for each frame their flows work on, by the latest batches; 0 before any."""
+        up = sum(worker.up for worker in self._workers)
+        return self._recent_seconds / max(1.0, self._recent_frames) / max(1, up)
 
     @property
     def footprints(self) -> list[VocoderFootprint]:
@@ -315,6 +324,8 @@ class VocoderPool:
             busy_seconds=news.busy_seconds,
             queue_wait_seconds=sum(news.waits),
         )
+        self._recent_seconds = FADING * self._recent_seconds + news.busy_seconds
+        self._recent_frames = FADING * self._recent_frames + news.frames
         worker.footprint = news.footprint
         for number, said in zip(news.jobs, news.said, strict=True):
             job = worker.jobs.pop(number, None)
