@@ -52,6 +52,7 @@ _SOON: Final = 60.0
 """Seconds that an engine has to live for its death not to count as one in a row."""
 _DEATHS: Final = 3
 """In a row, after which the server ends."""
+_PROBES: Final = frozenset({"/live", "/ready", "/health", "/metrics"})
 
 
 def create_app(settings: Settings, engine: AsyncChatterbox | None = None) -> FastAPI:
@@ -111,8 +112,19 @@ def serve(settings: Settings) -> None:
 def log_to_stderr(settings: Settings) -> None:
     """What a command logs: neither text nor sound."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # others' warnings
+    level = settings.effective_log_level.upper()
     for name in ("chatterbox_vllm", "uvicorn"):
-        logging.getLogger(name).setLevel(settings.effective_log_level.upper())
+        logging.getLogger(name).setLevel(level)
+    if level != "DEBUG":
+        logging.getLogger("uvicorn.access").addFilter(_is_no_probe)
+
+
+def _is_no_probe(record: logging.LogRecord) -> bool:
+    """Whether a request is one that somebody made: probes and scrapers ask every few seconds, for weeks."""
+    match record.args:
+        case (_, _, str(path), *_):
+            return path.partition("?")[0] not in _PROBES
+    return True
 
 
 def _listen(settings: Settings) -> socket.socket:
