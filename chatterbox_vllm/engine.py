@@ -297,7 +297,7 @@ class AsyncChatterbox:
         if mark:
             listening = replace(listening, behind=listening.behind + mark.behind / listening.speed)
         spoken = False
-        with self._admitted(), self._heard(listening) as playback:
+        with self._admitted(), self._playing(listening) as playback:
             texts = await self._prepared(request)
             # Who gives a seed wants the same sound in any company.
             alone = len(self._playbacks) == 1 and request.options.seed is None
@@ -372,7 +372,7 @@ class AsyncChatterbox:
             self._active -= 1
 
     @contextmanager
-    def _heard(self, listening: Listening) -> Iterator[Playback]:
+    def _playing(self, listening: Listening) -> Iterator[Playback]:
         """A stream's playback, among those of the others."""
         playback = Playback(listening, self._playbacks)
         self._playbacks.add(playback)

@@ -46,7 +46,8 @@ async def vocoded(
     """The sound of parts, one after the other, (n,) float32 each.
 
     How fast their tokens come does not decide where they are cut: so a stream with a seed can be repeated. It decides
-    when the first sound is handed out: when, by the pace so far, a player that starts then does not run dry.
+    when the first sound is handed out: when, by the pace so far and by what others wait for, a player that starts then
+    does not run dry.
 
     Args:
         vocoder: makes it.
@@ -62,6 +63,7 @@ async def vocoded(
         async with aclosing(_pieces(vocoder, part, sizes(), playback)) as pieces:
             async for piece in pieces:
                 held.append(piece.samples)
+                playback.made(len(piece.samples))
                 if not playback.has_begun:
                     rests = [_rest(other, schedule.sizes(alone=False)) for other in parts[index:]]
                     if not piece.final:
@@ -69,8 +71,8 @@ async def vocoded(
                     sound = sum(map(len, held)) / SAMPLE_RATE
                     if not _pace(vocoder, part, piece, playback).lasts(sound, rests, playback.listening):
                         continue
+                playback.begin()
                 for samples in held:
-                    playback.delivered(len(samples))
                     if len(samples):
                         yield samples
                 held = []
@@ -102,6 +104,7 @@ def _rest(part: Part, sizes: Iterator[int], spoken: int = 0) -> Rest:
 
 def _pace(vocoder: VocoderPool, part: Part, latest: _Piece, playback: Playback) -> Pace:
     frames = FRAMES_PER_TOKEN * (usable_tokens(part.request.voice) + latest.spoken)
-    # Who came meanwhile has no chunk in the queue yet, so that it is streams that count. Theirs are about as long.
-    queue = (playback.others_waited_for + 1) * frames * vocoder.seconds_per_frame
+    # Streams and not chunks in the queue: who came meanwhile has none there yet. Theirs are about as long.
+    others = playback.others_waited_for
+    queue = (others + 1) * frames * vocoder.seconds_per_frame if others else 0.0
     return Pace(part.arrivals.seconds_per_token, latest.seconds / frames, queue)

@@ -1,4 +1,4 @@
-"""Fixtures that are dear to make and shared by all tests: checkpoints, and one running engine."""
+"""Fixtures that several files share: those dear to make, checkpoints and one running engine, and simulated time."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 if TYPE_CHECKING:
     from chatterbox_vllm.checkpoint import Checkpoint
     from chatterbox_vllm.tts import ChatterboxTTS
+    from tests.streaming_support import Clock
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time of streams that are simulated."""
+    from tests.streaming_support import simulated_clock
+
+    return simulated_clock(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -94,16 +94,12 @@ class SlowVocoder:
     """Says silence, one chunk at a time, what is due first before the rest.
 
     Args:
-        clock: by which chunks are due.
         seconds_per_frame: that it takes.
         chunks: tokens of each.
-        urgent: whether each was due at once, as when nobody listens yet.
     """
 
-    clock: Clock
     seconds_per_frame: float
     chunks: list[int] = field(default_factory=list)
-    urgent: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._queue: list[tuple[float, int, asyncio.Event]] = []
@@ -112,7 +108,6 @@ class SlowVocoder:
 
     async def submit(self, chunk: Chunk) -> Tensor:
         self.chunks.append(len(chunk.tokens))
-        self.urgent.append(chunk.due == self.clock.now)
         step, before = plan(chunk), chunk.utterance.released
         if step.is_idle:
             step.take()
@@ -144,14 +139,12 @@ class Heard:
     Args:
         pieces: samples of each.
         chunks: tokens of each that the vocoder got, from whomever.
-        urgent: see ``SlowVocoder``.
         first: seconds until there was something to play.
         dry: seconds for which the player ran dry.
     """
 
     pieces: list[int]
     chunks: list[int]
-    urgent: list[bool]
     first: float = 0.0
     dry: float = 0.0
 
@@ -182,7 +175,7 @@ def listen(clock: Clock, token: float, frame: float, **stream: Any) -> Heard:
 
 def listen_to_all(clock: Clock, token: float, frame: float, streams: Sequence[Stream]) -> list[Heard]:
     """To streams that share a vocoder, not T3."""
-    vocoder, playbacks = SlowVocoder(clock, frame), set[Playback]()
+    vocoder, playbacks = SlowVocoder(frame), set[Playback]()
 
     async def play(stream: Stream) -> Heard:
         await asyncio.sleep(stream.begins)
@@ -198,7 +191,7 @@ def listen_to_all(clock: Clock, token: float, frame: float, streams: Sequence[St
                 arrivals.append(clock.now - began)
         playbacks.remove(playback)
         first, dry = played(arrivals, pieces, stream.listening)
-        return Heard(pieces, vocoder.chunks, vocoder.urgent, first, dry)
+        return Heard(pieces, vocoder.chunks, first, dry)
 
     async def all_of_them() -> list[Heard]:
         return await asyncio.gather(*map(play, streams))

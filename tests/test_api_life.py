@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 
 import httpx
@@ -14,6 +15,35 @@ from chatterbox_vllm.settings import Settings
 from tests.fake_engine import FakeChatterbox, running, wait_for
 
 GOOD = {"model": "chatterbox", "input": "Hello.", "response_format": "pcm"}
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "told"),
+    [
+        ("/live", 200, False),
+        ("/ready", 200, False),
+        ("/ready?from=here", 200, False),
+        ("/health", 200, False),
+        ("/metrics", 200, False),
+        ("/ready", 503, True),
+        ("/metrics", 401, True),
+        ("/v1/audio/speech", 200, True),
+        ("/v1/audio/speech?path=/ready", 200, True),
+    ],
+)
+def test_probes_that_are_content_are_not_logged(path: str, status: int, told: bool) -> None:
+    """uvicorn's records: client, method, path, version, status."""
+    access = logging.getLogger("uvicorn.access")
+    record = access.makeRecord(
+        access.name, logging.INFO, "", 0, "%s - %s %s HTTP/%s %d", ("127.0.0.1:1", "GET", path, "1.1", status), None
+    )
+    try:
+        app.log_to_stderr(Settings(log_level="debug"))
+        assert access.filter(record)
+        app.log_to_stderr(Settings())
+        assert bool(access.filter(record)) is told
+    finally:
+        access.filters.clear()
 
 
 def test_a_dead_engine_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

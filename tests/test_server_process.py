@@ -84,7 +84,8 @@ def test_a_sigterm_for_all_processes_lets_a_request_be_finished(demo: Checkpoint
         assert "Traceback" not in server.log.read_text()
         assert "leaked" not in server.log.read_text()
         assert server.log.read_text().count("POST /v1/audio/speech") == 2
-        assert "/ready" not in server.log.read_text(), "a probe is no request"
+        assert '"GET /ready HTTP/1.1" 200' not in server.log.read_text()
+        assert '"GET /ready HTTP/1.1" 503' in server.log.read_text()
 
 
 def test_a_killed_engine_comes_back_and_dies_with_a_killed_server(

@@ -30,16 +30,10 @@ from tests.streaming_support import (
     listen,
     listen_to_all,
     simulated,
-    simulated_clock,
 )
 from tests.vocoder_support import voice
 
 REQUEST = SpeechRequest("A text.", voice(25), SpeechOptions(seed=1))
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return simulated_clock(monkeypatch)
 
 
 SLOW = [(0.060, 1e-5), (0.030, 1e-5), (0.002, 0.006), (0.020, 0.003)]
@@ -120,11 +114,6 @@ def test_a_fast_device_s_listener_does_not_wait(
     assert kept.dry == 0.0
 
 
-def test_while_sound_is_held_the_next_chunk_is_due_at_once(clock: Clock) -> None:
-    assert listen(clock, 0.060, 1e-5).urgent == [True, True, True]
-    assert listen(clock, 0.0026, 1e-5).urgent == [True, False, False]
-
-
 def test_once_it_has_begun_nothing_waits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in a part that follows, either."""
     decided: list[tuple[int, list[int]]] = []
@@ -140,7 +129,7 @@ def test_once_it_has_begun_nothing_waits(clock: Clock, monkeypatch: pytest.Monke
 
 
 def test_the_pace_is_that_of_the_latest_chunk() -> None:
-    part, fast = Part([1], REQUEST, 0), SlowVocoder(Clock(), 1e-4)
+    part, fast = Part([1], REQUEST, 0), SlowVocoder(1e-4)
     piece = streaming._Piece(torch.empty(0), 1, 75, 0.5, final=False)
     company = [Playback() for _ in range(3)]
     for other in company[:2]:
@@ -204,6 +193,31 @@ def test_others_chunks_go_first(clock: Clock, monkeypatch: pytest.MonkeyPatch, s
     assert dry() == 0.0
     monkeypatch.setattr(Playback, "others_waited_for", 0)
     assert dry() > 0.0
+
+
+def test_who_is_heard_does_not_fall_silent_for_who_is_not(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose sound is held back may be let go a little later: the next chunk is due as if it had begun."""
+    streams = [Stream(alone=True, **LONE), *(Stream(begins=0.05 + 0.0001 * n, **LONE) for n in range(10))]
+
+    def dry() -> float:
+        return listen_to_all(clock, 0.0025, 0.045 / 530, streams)[0].dry
+
+    assert dry() < 0.01
+    due = Playback.due.fget
+    assert due is not None
+    monkeypatch.setattr(Playback, "due", property(lambda playback: due(playback) if playback.has_begun else clock.now))
+    assert dry() > 0.3
+
+
+def test_company_counts_from_its_first_token_on(clock: Clock) -> None:
+    """And who has none does not care how fast the vocoder was for others."""
+    alone = listen(clock, 0.0025, 0.045 / 530, alone=True, **LONE).first
+    first, _ = listen_to_all(clock, 0.0025, 0.045 / 530, [JOINED[0], JOINED[2]])
+    assert first.first > alone + 0.04
+    part = Part([1], REQUEST, 0)
+    own: Any = SlowVocoder(100.0)
+    piece = streaming._Piece(torch.empty(0), 1, 75, 0.5, final=False)
+    assert streaming._pace(own, part, piece, Playback(company=[Playback()])).queue == 0.0
 
 
 def test_company_that_does_not_speak_yet_is_not_waited_for(clock: Clock) -> None:

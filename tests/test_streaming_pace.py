@@ -12,7 +12,7 @@ from chatterbox_vllm.parts import Part
 from chatterbox_vllm.types import AT_ONCE, TOKEN_RATE, Listening, SpeechOptions, SpeechRequest
 from chatterbox_vllm.vocoder.pace import HELD_TOKENS, SAFETY, Arrivals, Pace, Rest
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule
-from tests.streaming_support import Clock, simulated_clock
+from tests.streaming_support import Clock
 from tests.vocoder_support import voice
 
 RECORDING = 250
@@ -134,6 +134,10 @@ def test_what_goes_first_is_waited_for() -> None:
     following = rest([51], 26, arrived(50, complete=True), 50)
     assert Pace(0.0, 1e-5, queue=0.99 / SAFETY).lasts(1.0, following)
     assert not Pace(0.0, 1e-5, queue=1.01 / SAFETY).lasts(1.0, following)
+    # A second chunk of 0.57 s follows; by then 7 tokens more are heard.
+    two, behind = rest([20, 20], 0, arrived(35, complete=True), 35), Pace(0.0, 0.001, queue=1.0)
+    assert behind.lasts(1.571 * SAFETY - 0.28, two)
+    assert not behind.lasts(1.569 * SAFETY - 0.28, two)
     assert Pace(0.5, 1e-5, queue=4.9).lasts(6.0, rest([20, 20], 0, arrived(20), 29))  # 10 tokens more, and T3's stop
     assert not Pace(0.5, 1e-5, queue=4.9).lasts(5.5, rest([20, 20], 0, arrived(20), 29))
 
@@ -157,11 +161,6 @@ def test_what_is_kept_back_on_the_way_does_not_last() -> None:
 def test_a_lone_stream_s_first_chunk_lasts_equally_long_in_any_format(speed: float, behind: float) -> None:
     first = next(ChunkSchedule().sizes(alone=True, listening=Listening(speed, behind)))
     assert 0.08 - 1e-9 <= sound_of(first) / speed - behind < 0.12
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return simulated_clock(monkeypatch)
 
 
 def test_how_fast_tokens_come(clock: Clock) -> None:

@@ -179,23 +179,32 @@ def test_when_chunks_are_due(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     listener = Playback()
-    listener.delivered(0)
+    listener.made(0)
+    listener.begin()
     assert (listener.due, due_of_file()) == (100.0, 100.0 + PATIENCE)
     assert not listener.has_begun
-    listener.delivered(24_000)
+    listener.made(24_000)
+    listener.begin()
     assert listener.has_begun
     assert listener.due == 101.0 - MARGIN
     now = 100.5
-    listener.delivered(12_000)  # in time
+    listener.made(12_000)  # in time
+    listener.begin()
     assert listener.due == 101.5 - MARGIN
     now = 103.0
     assert listener.due == 101.5 - MARGIN  # too late: a second and a half of silence
-    listener.delivered(24_000)
+    listener.made(24_000)
     assert listener.due == 104.0 - MARGIN
     assert listener.others_waited_for == 0
     hurried = Playback(Listening(2.0, 0.1))
-    hurried.delivered(24_000)
+    hurried.made(24_000)
     assert hurried.due == pytest.approx(103.5 - 0.1 - MARGIN)
+    now = 103.3  # whose first sound is held back is due as if it were heard
+    hurried.made(12_000)
+    assert hurried.due == pytest.approx(103.75 - 0.1 - MARGIN)
+    assert not hurried.has_begun
+    hurried.begin()
+    assert hurried.due == pytest.approx(103.3 + 0.75 - 0.1 - MARGIN)
 
 
 def test_who_is_waited_for():
@@ -206,8 +215,10 @@ def test_who_is_waited_for():
     for other in company:
         other.announce()
     assert one.others_waited_for == 3
-    company[0].delivered(0)
-    company[1].delivered(1)
+    company[0].begin()
+    for other in company[1:]:
+        other.made(1)
+    company[1].begin()
     assert (one.others_waited_for, one.is_waited_for, company[1].is_waited_for) == (2, True, False)
 
 

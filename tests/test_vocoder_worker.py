@@ -321,8 +321,12 @@ def test_how_fast_it_is_of_late():
             pool._spoken(one, Spoken((), [], 100, 1.0, (), VocoderFootprint({}, {})))
             pool._spoken(one, Spoken((), [], frames, seconds, (), VocoderFootprint({}, {})))
             assert pool.seconds_per_frame == pytest.approx((0.9 + seconds) / (90 + frames))
-        one.up = False
-        assert pool.seconds_per_frame > 0.0
+        several = [SimpleNamespace(up=up) for up in (True, True, False)]
+        pool._workers = several
+        assert pool.seconds_per_frame == pytest.approx(2.9 / 390 / 2)
+        pool._workers = several[2:]
+        assert pool.seconds_per_frame == pytest.approx(2.9 / 390)
+        pool._workers = [one]
 
     run(scenario)
 

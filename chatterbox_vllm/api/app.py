@@ -116,14 +116,14 @@ def log_to_stderr(settings: Settings) -> None:
     for name in ("chatterbox_vllm", "uvicorn"):
         logging.getLogger(name).setLevel(level)
     if level != "DEBUG":
-        logging.getLogger("uvicorn.access").addFilter(_is_no_probe)
+        logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
 
 
-def _is_no_probe(record: logging.LogRecord) -> bool:
-    """Whether a request is one that somebody made: probes and scrapers ask every few seconds, for weeks."""
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Not a probe that was content: probes and scrapers ask every few seconds, for weeks."""
     match record.args:
-        case (_, _, str(path), *_):
-            return path.partition("?")[0] not in _PROBES
+        case (_, _, str(path), _, int(status)):
+            return path.partition("?")[0] not in _PROBES or status >= 400
     return True
 
 

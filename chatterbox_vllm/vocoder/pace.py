@@ -1,8 +1,8 @@
 """Whether a stream's sound lasts until more of it comes.
 
 Where T3 or the vocoder is slow, a player that starts with the first chunk's sound would run dry before the next one.
-So ``streaming.vocoded`` holds the first sound back until, by the pace of this very stream, all that follows comes in
-time. That decides when sound is handed out, never where it is cut.
+So ``streaming.vocoded`` holds the first sound back until, by the pace of this very stream and the company that it has,
+all that follows comes in time. That decides when sound is handed out, never where it is cut.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Pace:
     Args:
         token: seconds that T3 takes for a token.
         frame: seconds that the vocoder takes for each frame its flow works on, the wait in its queue included.
-        queue: seconds after which it will be done with the next chunk at the soonest, for all that goes before it.
+        queue: seconds after which it will be done with the next chunk, if others' chunks go before it; else 0.
     """
 
     token: float

@@ -13,9 +13,9 @@ to wait, and the listener would hear a pause: there the first chunk is longer, w
 with, and growing from it is a third of the work less. A stream with a seed always begins so, lest its sound depend on
 its company.
 
-Where the first sound would not last until the second chunk, on a slow device, it is held back: see ``pace``. Chunks are
-cut the same. What a watermark, an encoder or a faster speech keeps back of it on the way does not last either, so a
-lone stream's chunks are longer by that (``Listening``).
+Where the first sound would not last until the second chunk, on a slow device or for others' chunks that go before it,
+it is held back: see ``pace``. Chunks are cut the same. What a watermark, an encoder or a faster speech keeps back of it
+on the way does not last either, so a lone stream's chunks are longer by that (``Listening``).
 
 When a chunk is spoken is another matter: a stream's first chunk is due at once, a later one shortly before its listener
 has heard all there is, and a whole file after some patience. What is due first goes first, so nothing waits for ever.
@@ -88,42 +88,47 @@ class ChunkSchedule:
 class Playback:
     """When a listener who plays a stream from its first sound on has heard all there is.
 
-    After a pause in the sound the player goes on from where it was.
+    After a pause in the sound the player goes on from where it was. Of a stream whose first sound is held back, chunks
+    are due as if it had begun with its first one: who is heard already must not fall silent for them.
 
     Args:
         listening: how the stream is heard.
-        company: of all streams that run, this one among them or not.
+        company: the playbacks of all streams that run, its own among them or not; others come and go.
     """
 
     def __init__(self, listening: Listening = AT_ONCE, company: Collection[Playback] = ()) -> None:
         self.listening = listening
+        self.has_begun = False
+        """Whether the player runs."""
         self._company = company
         self._announced = False
+        self._sound = 0.0
         self._dry: float | None = None
 
     def announce(self) -> None:
         """Notes that T3 speaks, so that the first chunk is soon to come."""
         self._announced = True
 
-    def delivered(self, samples: int) -> None:
-        """Notes that so many more samples are there to be heard."""
+    def made(self, samples: int) -> None:
+        """Notes that so many more samples are there."""
         if samples:
-            now = time.monotonic()
-            self._dry = max(now, self._dry or now) + samples / SAMPLE_RATE / self.listening.speed
+            now, seconds = time.monotonic(), samples / SAMPLE_RATE / self.listening.speed
+            self._sound += seconds
+            self._dry = max(now, self._dry or now) + seconds
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether there was sound, so that the player runs."""
-        return self._dry is not None
+    def begin(self) -> None:
+        """Notes that what is there, and what follows, may be heard from now on."""
+        if self._sound and not self.has_begun:
+            self.has_begun, self._dry = True, time.monotonic() + self._sound
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether its next chunk, there already or soon to come, is due at once."""
+        """Whether there is a first sound to come, though nobody hears it yet."""
         return self._announced and not self.has_begun
 
     @property
     def others_waited_for(self) -> int:
-        """Other streams whose next chunk goes before this one's, if this one begins to be heard."""
+        """Other streams like that: mostly a chunk of each is due before this one's next, if this one begins now."""
         return sum(other.is_waited_for for other in self._company if other is not self)
 
     @property
