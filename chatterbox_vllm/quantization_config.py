@@ -5,11 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from chatterbox_vllm.checkpoint import resolve
-from chatterbox_vllm.quantization import estimate
-from chatterbox_vllm.quantization.policy import Policy as ChatterboxQuantizationConfig
-from chatterbox_vllm.quantization.policy import QuantizationStrategy
+from chatterbox_vllm.quantization import estimate, policy
+from chatterbox_vllm.quantization.policy import Policy, QuantizationStrategy
 
 __all__ = ["ChatterboxQuantizationConfig", "QuantizationMemoryEstimator", "QuantizationStrategy"]
+
+
+class ChatterboxQuantizationConfig(Policy):
+    """A policy by a strategy's name, by its methods, or both.
+
+    Args:
+        strategy: whose methods those are that are not given.
+        methods: component to method; see ``Policy``.
+
+    Raises:
+        ConfigurationError: there is no such strategy, or a component cannot have its method.
+    """
+
+    def __init__(self, strategy: str | None = None, **methods: str) -> None:
+        given = {} if strategy is None else {"quantization_strategy": policy.Given(strategy, "strategy")}
+        named = policy.resolve(given)
+        components = {**named.methods, **methods}
+        super().__init__(**components, strategy=named.strategy if components == named.methods else None)
 
 
 class QuantizationMemoryEstimator(estimate.QuantizationMemoryEstimator):

@@ -245,11 +245,14 @@ class Settings(BaseModel):
     @property
     def policy(self) -> Policy:
         """Which network is quantised how; of the strategy ``auto``, nothing is settled yet."""
-        methods = {name: getattr(self, field) or "none" for name, field in FIELDS.items()}
-        name = self.quantization_strategy
-        if name not in {None, QuantizationStrategy.AUTO} and STRATEGIES[str(name)].methods != methods:
-            name = None  # something else was said of a component, in a place that counts more
-        return Policy(**methods, strategy=name)
+        said = {name: getattr(self, field) for name, field in FIELDS.items()}
+        methods, name = {component: method or "none" for component, method in said.items()}, self.quantization_strategy
+        # Something else may have been said of a component, in a place that counts more.
+        if name == "auto":
+            overruled = any(said.values())
+        else:
+            overruled = name is not None and STRATEGIES[name].methods != methods
+        return Policy(**methods, strategy=None if overruled else name)
 
     @property
     def effective_log_level(self) -> str:
@@ -458,6 +461,9 @@ def _one_spelling(layer: _Layer, everywhere: _Layer) -> _Layer:
     if not _METHOD_OF & given.keys():
         if switches:
             given.pop("quantization_method", None)
+        elif "quantization_method" in given and everywhere.keys() - layer.keys() >= {"quantization_strategy"}:
+            # That there is something to quantise is said elsewhere, as by a preset.
+            given["use_quantization"] = Given(True, given["quantization_method"].origin)
     elif method is not None:
         given["quantization_method"] = Given(*method)
     elif "use_quantization" not in given and "quantization" in everywhere:

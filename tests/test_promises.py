@@ -466,6 +466,10 @@ def test_c_names_of_the_configuration(demo: Checkpoint) -> None:
 
     assert [str(each) for each in QuantizationStrategy] == ["none", "conservative", "mixed", "aggressive", "auto"]
     own = ChatterboxQuantizationConfig(t3="bnb-4bit", estimator="bnb-8bit")
+    for strategy in QuantizationStrategy:
+        named = ChatterboxQuantizationConfig(strategy=strategy)
+        assert (named.strategy, named.methods) == (strategy, STRATEGIES.get(strategy, Policy()).methods)
+    assert ChatterboxQuantizationConfig("mixed", t3="int8").t3 == "int8"
     compared = QuantizationMemoryEstimator(demo).compare_strategies()
     assert QuantizationMemoryEstimator(str(demo.folder)).compare_strategies() == compared
     assert QuantizationMemoryEstimator(demo.folder, itemsize=4).compare_strategies() != compared

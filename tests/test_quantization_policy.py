@@ -48,6 +48,14 @@ def resolved(**spellings: Any) -> Policy:
         ({"quantization_strategy": "mixed", "quantization": "bitsandbytes"}, "bnb-4bit", "bnb-8bit", "none"),
         ({"use_int8_quantization": True}, "int8", "int8", "none"),
         ({"use_int8_quantization": False, "quantization": "fp8"}, "fp8", "none", "none"),
+        (
+            {"use_quantization": True, "quantize_s3gen": False, "quantize_voice_encoder": False},
+            "bnb-4bit",
+            "none",
+            "none",
+        ),
+        ({"quantization_strategy": "mixed", "quantize_voice_encoder": False}, "bnb-4bit", "bnb-8bit", "none"),
+        ({"quantization_strategy": "none", "quantize_s3gen": False}, "none", "none", "none"),
     ],
 )
 def test_every_spelling(spellings: dict[str, Any], t3: str, estimator: str, voice_encoder: str) -> None:
@@ -75,6 +83,28 @@ def test_every_spelling(spellings: dict[str, Any], t3: str, estimator: str, voic
             {"quantization_strategy": "none", "quantize_s3gen": True},
             "quantize_s3gen=true and quantization_strategy=none",
         ),
+        (
+            {"quantization_strategy": "aggressive", "quantize_s3gen": False},
+            "quantize_s3gen=false and quantization_strategy=aggressive disagree about flow_encoder; keep one",
+        ),
+        (
+            {"use_int8_quantization": True, "quantize_s3gen": False},
+            "quantize_s3gen=false and use_int8_quantization=true disagree about flow_encoder; keep one",
+        ),
+        *(
+            (
+                {"quantization_strategy": "auto", name: value},
+                f"{name}={str(value).lower()} and quantization_strategy=auto disagree: auto decides about everything",
+            )
+            for name, value in (
+                ("use_int8_quantization", True),
+                ("use_quantization", False),
+                ("use_bnb_quantization", True),
+                ("quantize_s3gen", True),
+                ("quantization", "bnb-4bit"),
+                ("estimator_quantization", "bnb-8bit"),
+            )
+        ),
         ({"quantization": None, "use_quantization": True}, "quantization=none and use_quantization=true disagree"),
         ({"quantization_strategy": "bold"}, "quantization_strategy=bold is no strategy; there are none, conservative"),
         ({"estimator_quantization": "awq"}, "estimator cannot be awq; it can be bnb-4bit, bnb-8bit, int8, none"),
@@ -92,19 +122,28 @@ def test_a_profile_is_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('t3 = "bitsandbytes"\nestimator = "bnb-8bit"\n')
     policy = resolved(quantization_profile=file)
-    assert policy == Policy("bnb-4bit", "none", "bnb-8bit", "none", strategy="mine")
+    assert policy == Policy("bnb-4bit", "none", "bnb-8bit", "none")
+    for strategy in ("auto", "mixed"):  # a file's name is not the name of a strategy
+        (tmp_path / f"{strategy}.toml").write_text('t3 = "int8"')
+        assert resolved(quantization_profile=tmp_path / f"{strategy}.toml") == Policy("int8")
     (tmp_path / "mine.json").write_text('{"t3": "fp8"}')
     assert Policy.from_file(tmp_path / "mine.json").t3 == "fp8"
     for content, told in (
         ("hift = 'bnb-4bit'", "hift is no component; there are t3"),
         ("t3 =", "is no quantisation profile"),
         ("t3 = 4", "t3 must be one of"),
+        ("", "names no component; write"),
     ):
         file.write_text(content)
         with pytest.raises(ConfigurationError, match=told):
             Policy.from_file(file)
     with pytest.raises(ConfigurationError, match="is no quantisation profile"):
         Policy.from_file(tmp_path / "absent.toml")
+
+
+def test_auto_has_no_methods() -> None:
+    with pytest.raises(ConfigurationError, match="auto decides about every component; give no methods"):
+        Policy("int8", strategy="auto")
 
 
 def test_a_strategy_falls_back_step_by_step() -> None:

@@ -104,6 +104,8 @@ def test_ultra_low_vram_quantises_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch)
         ({"CHATTERBOX_ESTIMATOR_QUANTIZATION": "none"}, "bnb-4bit", "none"),
         ({"USE_INT8_QUANTIZATION": "true"}, "int8", "int8"),
         ({"CHATTERBOX_USE_BNB_QUANTIZATION": "true"}, "bnb-8bit", "bnb-4bit"),
+        ({"CHATTERBOX_QUANTIZE_S3GEN": "false"}, "bnb-4bit", "none"),
+        ({"CHATTERBOX_QUANTIZATION_METHOD": "bnb-8bit"}, "bnb-8bit", "bnb-4bit"),
     ],
 )
 @pytest.mark.usefixtures("gpu")
@@ -121,6 +123,11 @@ def test_a_higher_source_decides_about_quantisation() -> None:
     beside = loaded({"quantize_s3gen": True}, {"CHATTERBOX_QUANTIZATION": "bnb-8bit"}).policy
     assert (beside.t3, beside.estimator) == ("bnb-8bit", "bnb-8bit")
     assert loaded({"quantization_strategy": "auto"}, {"CHATTERBOX_QUANTIZATION": "fp8"}).policy.strategy == "auto"
+
+
+@pytest.mark.parametrize("flags", [{"quantization": "int8"}, {"use_quantization": False}, {"quantize_s3gen": True}])
+def test_what_is_said_over_auto_counts(flags: dict[str, Any]) -> None:
+    assert loaded(flags, {"CHATTERBOX_QUANTIZATION_STRATEGY": "auto"}).policy == loaded(flags).policy
 
 
 @pytest.mark.parametrize(

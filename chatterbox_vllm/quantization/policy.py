@@ -86,7 +86,7 @@ class Policy:
         strategy: the name it came by, if it did.
 
     Raises:
-        ConfigurationError: a component cannot have its method.
+        ConfigurationError: a component cannot have its method, or ``auto`` has methods.
     """
 
     t3: str = Method.NONE
@@ -100,6 +100,10 @@ class Policy:
             if getattr(self, name) not in _LINEAR:
                 allowed = ", ".join(sorted(_LINEAR))
                 raise ConfigurationError(f"{name} cannot be {getattr(self, name)}; it can be {allowed}", param=name)
+        if self.strategy == QuantizationStrategy.AUTO and self.is_quantized:
+            raise ConfigurationError(
+                "the strategy auto decides about every component; give no methods", param="strategy"
+            )
 
     @property
     def methods(self) -> dict[str, str]:
@@ -156,13 +160,15 @@ class Policy:
                 f'{file} is no quantisation profile ({error}); write TOML such as: t3 = "bnb-4bit"',
                 param="quantization_profile",
             ) from error
+        if not content:
+            raise ConfigurationError(f'{file} names no component; write: t3 = "bnb-4bit"', param="quantization_profile")
         if not isinstance(content, dict) or content.keys() - set(COMPONENTS):
             unknown = sorted(content.keys() - set(COMPONENTS)) if isinstance(content, dict) else [text[:40]]
             raise ConfigurationError(
                 f"{file}: {', '.join(unknown)} is no component; there are {', '.join(COMPONENTS)}",
                 param="quantization_profile",
             )
-        return cls(**{name: canonical(value, f"{file}: {name}") for name, value in content.items()}, strategy=file.stem)
+        return cls(**{name: canonical(value, f"{file}: {name}") for name, value in content.items()})
 
 
 NONE: Final = Policy()
@@ -221,14 +227,15 @@ def claims(given: Mapping[str, Given]) -> tuple[dict[str, str], str | None]:
 
         quantization                              T3: a method, "bitsandbytes" (bnb-4bit), "none" or None
         use_quantization, quantization_method     T3: the method, bnb-4bit unless it is named; false: nothing at all
-        quantize_s3gen, quantize_voice_encoder    the other parts that a strategy or int8 leaves, by T3's method
+        quantize_s3gen, quantize_voice_encoder    the other parts that a strategy or int8 leaves, by T3's method;
+                                                  false: not those parts
         use_bnb_quantization                      T3: bnb-8bit
         quantization_strategy                     everything: conservative, mixed, aggressive, auto, none
         quantization_profile                      everything: a file
         use_int8_quantization                     everything: int8
         ..._quantization                          that component
 
-    ``auto`` says nothing of any component yet.
+    ``auto`` decides about all of them later, so that nobody else may say anything.
 
     Args:
         given: spelling to value; those that were left open are absent.
@@ -245,6 +252,10 @@ def claims(given: Mapping[str, Given]) -> tuple[dict[str, str], str | None]:
             if before != method:
                 both = " and ".join(f"{each.origin}={_shown(each.value)}" for each in (first, origin))
                 raise ConfigurationError(f"{both} disagree about {component}; keep one", param=origin.origin)
+    if strategy == QuantizationStrategy.AUTO and said:
+        auto, (_, first) = given["quantization_strategy"], next(iter(said.values()))
+        both = f"{first.origin}={_shown(first.value)} and {auto.origin}={auto.value}"
+        raise ConfigurationError(f"{both} disagree: auto decides about everything; keep one", param=auto.origin)
     return {component: method for component, (method, _) in said.items()}, strategy
 
 
@@ -287,12 +298,14 @@ def _of_parts(given: Mapping[str, Given]) -> Iterator[_Claim]:
     for name, components in _parts(given).items():
         left = [component for component in components if component not in done]
         yield given[name], dict.fromkeys(left, _beside_t3(given)), None
+    for name, components in _parts(given, on=False).items():
+        yield given[name], dict.fromkeys(components, str(Method.NONE)), None
 
 
-def _parts(given: Mapping[str, Given]) -> dict[str, tuple[str, ...]]:
-    """The switches for single parts that are on, and their components."""
+def _parts(given: Mapping[str, Given], *, on: bool = True) -> dict[str, tuple[str, ...]]:
+    """The switches for single parts that are on, or off, and their components."""
     known = {"quantize_s3gen": VOCODER, "quantize_voice_encoder": ("voice_encoder",)}
-    return {name: components for name, components in known.items() if name in given and given[name].value}
+    return {name: components for name, components in known.items() if name in given and bool(given[name].value) is on}
 
 
 def _beside_t3(given: Mapping[str, Given]) -> str:
