@@ -178,10 +178,15 @@ async def load(setup: Setup, *, strict: bool) -> tuple[Setup, Stages]:
             weaker = setup.policy.weaker()
             if strict or weaker is None or not _is_of_quantization(error):
                 raise
+            try:
+                following = settled(replace(setup.asked or setup, policy=weaker))
+            except ConfigurationError as unfit:
+                logger.warning("nor does the strategy %s: %s", weaker.strategy, unfit)
+                raise error from unfit  # it is this that can be mended
             logger.warning(
                 "the strategy %s does not work here: %s; loading with %s", setup.policy.strategy, error, weaker.strategy
             )
-            setup = settled(replace(setup.asked or setup, policy=weaker))
+            setup = following
 
 
 def _is_of_quantization(error: Exception) -> bool:

@@ -13,7 +13,9 @@ from vllm.platforms import current_platform
 from vllm.third_party import pynvml
 
 from chatterbox_vllm import loading
+from chatterbox_vllm.budget import Plan
 from chatterbox_vllm.checkpoint import Checkpoint
+from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
 from chatterbox_vllm.loading import Setup, load, settled
 from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy
@@ -73,6 +75,24 @@ def test_a_weaker_strategy_has_a_plan_of_its_own(setup: Setup, monkeypatch: pyte
     assert done.plan is not None
     assert done.plan.policy.t3 == "int8"
     assert done.budget == planned.budget
+
+
+def test_where_a_weaker_strategy_does_not_fit_the_first_error_is_told(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The budget holds ``aggressive`` only, and a package is missing: that is what to mend."""
+    fits = loading.plan
+
+    def tight(budget: int, demand: Demand, policy: Policy) -> Plan:
+        return fits(budget if policy.strategy == "aggressive" else 2**20, demand, policy)
+
+    monkeypatch.setattr(loading, "plan", tight)
+    tried = broken(monkeypatch, MISSING, "bnb-4bit")
+    with pytest.raises(MissingDependency) as caught:
+        asyncio.run(load(settled(replace(setup, budget=8 * 2**30)), strict=False))
+    assert tried == ["aggressive"]
+    assert "too small" in str(caught.value.__cause__)
+    assert "nor does the strategy mixed" in caplog.text
 
 
 def test_when_nothing_is_quantised_any_more_the_error_is_told(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
