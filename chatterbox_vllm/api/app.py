@@ -52,6 +52,7 @@ _SOON: Final = 60.0
 """Seconds that an engine has to live for its death not to count as one in a row."""
 _DEATHS: Final = 3
 """In a row, after which the server ends."""
+_ACCESS: Final = logging.getLogger("uvicorn.access")
 _PROBES: Final = frozenset({"/live", "/ready", "/health", "/metrics"})
 
 
@@ -112,18 +113,16 @@ def serve(settings: Settings) -> None:
 def log_to_stderr(settings: Settings) -> None:
     """What a command logs: neither text nor sound."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")  # others' warnings
-    level = settings.effective_log_level.upper()
     for name in ("chatterbox_vllm", "uvicorn"):
-        logging.getLogger(name).setLevel(level)
-    if level != "DEBUG":
-        logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
+        logging.getLogger(name).setLevel(settings.effective_log_level.upper())
+    _ACCESS.addFilter(_is_worth_a_line)
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:
     """Not a probe that was content: probes and scrapers ask every few seconds, for weeks."""
     match record.args:
         case (_, _, str(path), _, int(status)):
-            return path.partition("?")[0] not in _PROBES or status >= 400
+            return path.partition("?")[0] not in _PROBES or status >= 400 or _ACCESS.isEnabledFor(logging.DEBUG)
     return True
 
 
