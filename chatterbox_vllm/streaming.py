@@ -12,7 +12,6 @@ from itertools import islice
 from torch import Tensor
 
 from chatterbox_vllm.parts import Part, ids
-from chatterbox_vllm.types import SAMPLE_RATE
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.pace import Pace, Rest
 from chatterbox_vllm.vocoder.prompts import usable_tokens
@@ -68,10 +67,10 @@ async def vocoded(
                     rests = [_rest(other, schedule.sizes(alone=False)) for other in parts[index:]]
                     if not piece.final:
                         rests.insert(0, _rest(part, islice(sizes(), piece.number, None), piece.spoken))
-                    sound = sum(map(len, held)) / SAMPLE_RATE
-                    if not _pace(vocoder, part, piece, playback).lasts(sound, rests, playback.listening):
+                    pace = _pace(vocoder, part, piece, playback)
+                    if not pace.lasts(playback.sound, rests, playback.listening):
                         continue
-                playback.begin()
+                    playback.begin()
                 for samples in held:
                     if len(samples):
                         yield samples

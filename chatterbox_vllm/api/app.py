@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 from fastapi import Depends, FastAPI
+from fastapi.routing import APIRoute
 
 from chatterbox_vllm import __version__
 from chatterbox_vllm.api import faults, health, introspection, metrics, models, speech, voices
@@ -53,7 +54,9 @@ _SOON: Final = 60.0
 _DEATHS: Final = 3
 """In a row, after which the server ends."""
 _ACCESS: Final = logging.getLogger("uvicorn.access")
-_PROBES: Final = frozenset({"/live", "/ready", "/health", "/metrics"})
+_PROBES: Final = frozenset(
+    route.path for part in (health, metrics) for route in part.router.routes if isinstance(route, APIRoute)
+)
 
 
 def create_app(settings: Settings, engine: AsyncChatterbox | None = None) -> FastAPI:

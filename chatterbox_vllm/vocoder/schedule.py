@@ -100,9 +100,10 @@ class Playback:
         self.listening = listening
         self.has_begun = False
         """Whether the player runs."""
+        self.sound = 0.0
+        """Seconds of speech that are there, at speed 1."""
         self._company = company
         self._announced = False
-        self._sound = 0.0
         self._dry: float | None = None
 
     def announce(self) -> None:
@@ -112,14 +113,14 @@ class Playback:
     def made(self, samples: int) -> None:
         """Notes that so many more samples are there."""
         if samples:
-            now, seconds = time.monotonic(), samples / SAMPLE_RATE / self.listening.speed
-            self._sound += seconds
-            self._dry = max(now, self._dry or now) + seconds
+            now, seconds = time.monotonic(), samples / SAMPLE_RATE
+            self.sound += seconds
+            self._dry = max(now, self._dry or now) + seconds / self.listening.speed
 
     def begin(self) -> None:
         """Notes that what is there, and what follows, may be heard from now on."""
-        if self._sound and not self.has_begun:
-            self.has_begun, self._dry = True, time.monotonic() + self._sound
+        if self.sound and not self.has_begun:
+            self.has_begun, self._dry = True, time.monotonic() + self.sound / self.listening.speed
 
     @property
     def is_waited_for(self) -> bool:
