@@ -9,7 +9,8 @@ from typing import Any, Final
 import torch
 
 from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.quantization.policy import NONE, SPELLINGS, Given, Policy, resolve
+from chatterbox_vllm.quantization.policy import NONE, Policy
+from chatterbox_vllm.quantization.spellings import SPELLINGS, Given, resolve
 from chatterbox_vllm.vocoder.blueprint import best_dtype
 
 DTYPES: Final[Mapping[str, torch.dtype | None]] = MappingProxyType(

@@ -142,7 +142,7 @@ class AsyncChatterbox:
             watermark: put Perth's inaudible watermark into every answer.
             voices_dir: recordings or features of more voices, by file name.
             max_chunk_length: characters of one utterance; a longer text is split at sentence ends.
-            engine_args: other spellings of quantisation (``quantization.policy.claims``), and any other
+            engine_args: other spellings of quantisation (``quantization.spellings.claims``), and any other
                 ``vllm.AsyncEngineArgs``.
 
         Raises:

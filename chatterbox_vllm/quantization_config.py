@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from chatterbox_vllm.checkpoint import resolve
-from chatterbox_vllm.quantization import estimate, policy
+from chatterbox_vllm.quantization import estimate, spellings
 from chatterbox_vllm.quantization.policy import Policy, QuantizationStrategy
 
 __all__ = ["ChatterboxQuantizationConfig", "QuantizationMemoryEstimator", "QuantizationStrategy"]
@@ -23,8 +23,8 @@ class ChatterboxQuantizationConfig(Policy):
     """
 
     def __init__(self, strategy: str | None = None, **methods: str) -> None:
-        given = {} if strategy is None else {"quantization_strategy": policy.Given(strategy, "strategy")}
-        named = policy.resolve(given)
+        given = {} if strategy is None else {"quantization_strategy": spellings.Given(strategy, "strategy")}
+        named = spellings.resolve(given)
         components = {**named.methods, **methods}
         super().__init__(**components, strategy=named.strategy if components == named.methods else None)
 

@@ -40,15 +40,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.quantization.policy import (
-    FIELDS,
-    SPELLINGS,
-    STRATEGIES,
-    Given,
-    Policy,
-    QuantizationStrategy,
-    claims,
-)
+from chatterbox_vllm.quantization.policy import STRATEGIES, Policy, QuantizationStrategy
+from chatterbox_vllm.quantization.spellings import FIELDS, SPELLINGS, Given, claims
 from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_MODEL_LEN, MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
 
 logger = logging.getLogger(__name__)
@@ -461,7 +454,7 @@ def _one_spelling(layer: _Layer, everywhere: _Layer) -> _Layer:
     if not _METHOD_OF & given.keys():
         if switches:
             given.pop("quantization_method", None)
-        elif "quantization_method" in given and everywhere.keys() - layer.keys() >= {"quantization_strategy"}:
+        elif "quantization_method" in given and "quantization_strategy" in everywhere.keys() - given.keys():
             # That there is something to quantise is said elsewhere, as by a preset.
             given["use_quantization"] = Given(True, given["quantization_method"].origin)
     elif method is not None:

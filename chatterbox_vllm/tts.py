@@ -55,7 +55,7 @@ class ChatterboxTTS:
 
     Keyword arguments of the builders are ``AsyncChatterbox.start``'s: ``max_batch_size``, ``max_model_len``,
     ``gpu_memory_utilization``, ``vram_budget``, ..., any spelling of quantisation
-    (``quantization.policy.claims``: ``quantization="bnb-4bit"``, ``use_bnb_quantization=True``,
+    (``quantization.spellings.claims``: ``quantization="bnb-4bit"``, ``use_bnb_quantization=True``,
     ``quantization_strategy="mixed"``, ...), and any argument of ``vllm.AsyncEngineArgs``. Other projects' names work,
     too: ``compile`` (compile T3 and capture graphs) and ``s3gen_use_fp16``.
     """

@@ -25,7 +25,7 @@ from chatterbox_vllm import cli
 from chatterbox_vllm.api import faults
 from chatterbox_vllm.api.app import create_app
 from chatterbox_vllm.audio.encode import FORMATS
-from chatterbox_vllm.quantization.policy import SPELLINGS
+from chatterbox_vllm.quantization.spellings import SPELLINGS
 from chatterbox_vllm.settings import FOREIGN, Settings, default_text, variables
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.types import OPTION_RANGES, SpeechOptions, SpeechRequest, VoiceFeatures

@@ -19,7 +19,8 @@ from chatterbox_vllm.doctor import machine, packages, start, weights
 from chatterbox_vllm.doctor.finding import Finding, Level, error, ok, warn
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.memory import memory
-from chatterbox_vllm.quantization.policy import FIELDS, STRATEGIES
+from chatterbox_vllm.quantization.policy import STRATEGIES
+from chatterbox_vllm.quantization.spellings import FIELDS
 from chatterbox_vllm.settings import Settings
 from chatterbox_vllm.upstream import PIP
 

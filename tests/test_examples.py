@@ -19,7 +19,8 @@ import pytest
 import soundfile
 import torch
 
-from chatterbox_vllm.quantization.policy import COMPONENTS, SPELLINGS, Given, Policy, resolve
+from chatterbox_vllm.quantization.policy import COMPONENTS, Policy
+from chatterbox_vllm.quantization.spellings import SPELLINGS, Given, resolve
 from tests.fake_engine import FakeChatterbox, running, wav
 
 if TYPE_CHECKING:

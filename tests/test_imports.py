@@ -52,6 +52,7 @@ LIGHT = [
     "chatterbox_vllm.errors",
     "chatterbox_vllm.quantization",
     "chatterbox_vllm.quantization.policy",
+    "chatterbox_vllm.quantization.spellings",
     "chatterbox_vllm.settings",
     "chatterbox_vllm.t3",
     "chatterbox_vllm.text",

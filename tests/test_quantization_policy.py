@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.quantization.policy import COMPONENTS, KEPT, STRATEGIES, Given, Policy, resolve
+from chatterbox_vllm.quantization.policy import COMPONENTS, KEPT, STRATEGIES, Policy
+from chatterbox_vllm.quantization.spellings import Given, resolve
 
 
 def resolved(**spellings: Any) -> Policy:

@@ -1,4 +1,4 @@
-"""Which method for which network, and why; five spellings of it that other projects made familiar.
+"""Which method for which network, and why; ``spellings`` has the ways to ask for it.
 
     component      what is quantised                                        methods
     t3             linear layers of the Llama                               bnb-4bit, bnb-8bit, awq, int8, fp8, vLLM's
@@ -16,12 +16,12 @@ from __future__ import annotations
 import json
 import logging
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from chatterbox_vllm.errors import ConfigurationError
 
@@ -70,7 +70,7 @@ KEPT: Final[Mapping[str, str]] = MappingProxyType(
         "f0 predictor": "an error in pitch adds up to a phase over the whole utterance",
     }
 )
-_LINEAR: Final = frozenset({Method.NONE, Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8})
+LINEAR: Final = frozenset({Method.NONE, Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8})
 GPU_ONLY: Final = frozenset({Method.BNB_4BIT, Method.BNB_8BIT, Method.FP8})
 _VLLM_NAMES: Final[Mapping[str, str]] = MappingProxyType({"bitsandbytes": Method.BNB_4BIT, "": Method.NONE})
 """What vLLM, and our users of it, call what has another name here."""
@@ -97,8 +97,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name in COMPONENTS[1:]:
-            if getattr(self, name) not in _LINEAR:
-                allowed = ", ".join(sorted(_LINEAR))
+            if getattr(self, name) not in LINEAR:
+                allowed = ", ".join(sorted(LINEAR))
                 raise ConfigurationError(f"{name} cannot be {getattr(self, name)}; it can be {allowed}", param=name)
         if self.strategy == QuantizationStrategy.AUTO and self.is_quantized:
             raise ConfigurationError(
@@ -187,162 +187,6 @@ STRATEGIES: Final[Mapping[str, Policy]] = MappingProxyType(
 _LADDER: Final = ("aggressive", "mixed", "conservative")
 
 
-class Given(NamedTuple):
-    """A spelling's value and where it came from, for messages: ``--quantization``, ``CHATTERBOX_QUANTIZATION``."""
-
-    value: Any
-    origin: str
-
-
-SPELLINGS: Final = (
-    "quantization",
-    "use_quantization",
-    "quantization_method",
-    "quantize_s3gen",
-    "quantize_voice_encoder",
-    "use_bnb_quantization",
-    "quantization_strategy",
-    "quantization_profile",
-    "use_int8_quantization",
-    "flow_encoder_quantization",
-    "estimator_quantization",
-    "voice_encoder_quantization",
-)
-"""Names of settings and of keyword arguments."""
-FIELDS: Final[Mapping[str, str]] = MappingProxyType(
-    {"t3": "quantization", **{name: f"{name}_quantization" for name in COMPONENTS[1:]}}
-)
-"""The spelling that means one component and nothing else."""
-_Claim = tuple[Given, Mapping[str, str], str | None]
-
-
-def resolve(given: Mapping[str, Given]) -> Policy:
-    """The policy that all spellings together ask for: ``claims``, and ``none`` for what nobody speaks of."""
-    components, strategy = claims(given)
-    return Policy(**components, strategy=strategy)
-
-
-def claims(given: Mapping[str, Given]) -> tuple[dict[str, str], str | None]:
-    """What all spellings together say: component to method, and the strategy's name.
-
-        quantization                              T3: a method, "bitsandbytes" (bnb-4bit), "none" or None
-        use_quantization, quantization_method     T3: the method, bnb-4bit unless it is named; false: nothing at all
-        quantize_s3gen, quantize_voice_encoder    the other parts that a strategy or int8 leaves, by T3's method;
-                                                  false: not those parts
-        use_bnb_quantization                      T3: bnb-8bit
-        quantization_strategy                     everything: conservative, mixed, aggressive, auto, none
-        quantization_profile                      everything: a file
-        use_int8_quantization                     everything: int8
-        ..._quantization                          that component
-
-    ``auto`` decides about all of them later, so that nobody else may say anything.
-
-    Args:
-        given: spelling to value; those that were left open are absent.
-
-    Raises:
-        ConfigurationError: a value is unknown, or two spellings disagree; names both.
-    """
-    said: dict[str, tuple[str, Given]] = {}
-    strategy: str | None = None
-    for origin, methods, name in _claims(given):
-        strategy = name or strategy
-        for component, method in methods.items():
-            before, first = said.setdefault(component, (method, origin))
-            if before != method:
-                both = " and ".join(f"{each.origin}={_shown(each.value)}" for each in (first, origin))
-                raise ConfigurationError(f"{both} disagree about {component}; keep one", param=origin.origin)
-    if strategy == QuantizationStrategy.AUTO and said:
-        auto, (_, first) = given["quantization_strategy"], next(iter(said.values()))
-        both = f"{first.origin}={_shown(first.value)} and {auto.origin}={auto.value}"
-        raise ConfigurationError(f"{both} disagree: auto decides about everything; keep one", param=auto.origin)
-    return {component: method for component, (method, _) in said.items()}, strategy
-
-
-def _claims(given: Mapping[str, Given]) -> Iterator[_Claim]:
-    """Each spelling that says something, and what it says."""
-    for of in (_of_one, _of_t3, _of_parts, _of_everything):
-        yield from of(given)
-
-
-def _of_one(given: Mapping[str, Given]) -> Iterator[_Claim]:
-    for component, name in FIELDS.items():
-        if (one := given.get(name)) is not None:
-            yield one, {component: canonical(one.value, one.origin)}, None
-
-
-def _of_t3(given: Mapping[str, Given]) -> Iterator[_Claim]:
-    use, method = given.get("use_quantization"), given.get("quantization_method")
-    if use is not None and not use.value:
-        yield use, dict.fromkeys(COMPONENTS, str(Method.NONE)), None
-    elif use is not None or (method is not None and _parts(given)):
-        said = method or use
-        assert said is not None
-        yield said, {"t3": canonical(method.value, method.origin) if method else str(Method.BNB_4BIT)}, None
-    elif method is not None:
-        raise ConfigurationError(
-            f"{method.origin}={method.value} has no effect without use_quantization; set both or none",
-            param=method.origin,
-        )
-    if (bnb := given.get("use_bnb_quantization")) is not None:
-        yield bnb, {"t3": str(Method.BNB_8BIT if bnb.value else Method.NONE)}, None
-
-
-def _of_parts(given: Mapping[str, Given]) -> Iterator[_Claim]:
-    done = {
-        component
-        for _, methods, _ in _of_everything(given)
-        for component, method in methods.items()
-        if method != Method.NONE
-    }
-    for name, components in _parts(given).items():
-        left = [component for component in components if component not in done]
-        yield given[name], dict.fromkeys(left, _beside_t3(given)), None
-    for name, components in _parts(given, on=False).items():
-        yield given[name], dict.fromkeys(components, str(Method.NONE)), None
-
-
-def _parts(given: Mapping[str, Given], *, on: bool = True) -> dict[str, tuple[str, ...]]:
-    """The switches for single parts that are on, or off, and their components."""
-    known = {"quantize_s3gen": VOCODER, "quantize_voice_encoder": ("voice_encoder",)}
-    return {name: components for name, components in known.items() if name in given and bool(given[name].value) is on}
-
-
-def _beside_t3(given: Mapping[str, Given]) -> str:
-    """The other parts' method: T3's, by whichever spelling, if linear layers can have it, else bnb-4bit."""
-    said = (methods.get("t3") for of in (_of_one, _of_t3, _of_everything) for _, methods, _ in of(given))
-    return next((method for method in said if method in _LINEAR - {Method.NONE}), str(Method.BNB_4BIT))
-
-
-def _of_everything(given: Mapping[str, Given]) -> Iterator[_Claim]:
-    if (int8 := given.get("use_int8_quantization")) is not None and int8.value:
-        yield int8, dict.fromkeys(("t3", *VOCODER), str(Method.INT8)), None
-    if (strategy := given.get("quantization_strategy")) is not None and strategy.value is not None:
-        methods, name = _of_strategy(strategy)
-        yield strategy, _but_switched_on(methods, given), name
-    if (profile := given.get("quantization_profile")) is not None and profile.value is not None:
-        policy = Policy.from_file(profile.value)
-        yield profile, _but_switched_on(policy.methods, given), policy.strategy
-
-
-def _but_switched_on(methods: Mapping[str, str], given: Mapping[str, Given]) -> Mapping[str, str]:
-    """Without what is left unquantised and a switch quantises; a policy that quantises nothing means it."""
-    if all(method == Method.NONE for method in methods.values()):
-        return methods
-    switched = {component for components in _parts(given).values() for component in components}
-    return {name: method for name, method in methods.items() if method != Method.NONE or name not in switched}
-
-
-def _of_strategy(given: Given) -> tuple[Mapping[str, str], str]:
-    name = str(given.value)
-    if name == QuantizationStrategy.AUTO:
-        return {}, name
-    if name not in STRATEGIES:
-        known = ", ".join(QuantizationStrategy)
-        raise ConfigurationError(f"{given.origin}={name} is no strategy; there are {known}", param=given.origin)
-    return STRATEGIES[name].methods, name
-
-
 def effective_method(stored: Stored, asked: str) -> str:
     """The method by which a checkpoint is served: its own if it is quantised, else the one asked for.
 
@@ -399,7 +243,3 @@ def canonical(value: Any, origin: str = "quantization") -> str:
         )
     lower = value.lower()
     return str(_VLLM_NAMES.get(lower, lower if lower in frozenset(Method) else value))
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool | None) else str(value)
