@@ -90,7 +90,7 @@ class AsyncChatterbox:
         self._schedule = schedule
         self._max_chunk_length = max_chunk_length
         self._active = 0
-        self._playbacks = set[Playback]()
+        self._streams = 0
         self._stopping = False
         self._ending: asyncio.Task[None] | None = None
 
@@ -296,11 +296,11 @@ class AsyncChatterbox:
         mark = WatermarkStream(self._watermarker) if self._watermarker else None
         if mark:
             listening = replace(listening, behind=listening.behind + mark.behind / listening.speed)
-        spoken = False
-        with self._admitted(), self._playing(listening) as playback:
+        spoken, playback = False, Playback(listening)
+        with self._admitted(), self._streaming():
             texts = await self._prepared(request)
             # Who gives a seed wants the same sound in any company.
-            alone = len(self._playbacks) == 1 and request.options.seed is None
+            alone = self._streams == 1 and request.options.seed is None
             async with (
                 speaking(self._t3, texts, request, interval=STREAM_INTERVAL, alone=alone) as parts,
                 aclosing(vocoded(self._worker, parts, self._schedule, playback, alone=alone)) as pieces,
@@ -372,14 +372,12 @@ class AsyncChatterbox:
             self._active -= 1
 
     @contextmanager
-    def _playing(self, listening: Listening) -> Iterator[Playback]:
-        """A stream's playback, among those of the others."""
-        playback = Playback(listening, self._playbacks)
-        self._playbacks.add(playback)
+    def _streaming(self) -> Iterator[None]:
+        self._streams += 1
         try:
-            yield playback
+            yield
         finally:
-            self._playbacks.discard(playback)
+            self._streams -= 1
 
     async def _prepared(self, request: SpeechRequest) -> list[list[int]]:
         """The text's parts, as T3's tokens."""

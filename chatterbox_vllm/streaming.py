@@ -45,8 +45,7 @@ async def vocoded(
     """The sound of parts, one after the other, (n,) float32 each.
 
     How fast their tokens come does not decide where they are cut: so a stream with a seed can be repeated. It decides
-    when the first sound is handed out: when, by the pace so far and by what others wait for, a player that starts then
-    does not run dry.
+    when the first sound is handed out: when, by the pace so far, a player that starts then does not run dry.
 
     Args:
         vocoder: makes it.
@@ -67,8 +66,7 @@ async def vocoded(
                     rests = [_rest(other, schedule.sizes(alone=False)) for other in parts[index:]]
                     if not piece.final:
                         rests.insert(0, _rest(part, islice(sizes(), piece.number, None), piece.spoken))
-                    pace = _pace(vocoder, part, piece, playback)
-                    if not pace.lasts(playback.sound, rests, playback.listening):
+                    if not _pace(part, piece).lasts(playback.sound, rests, playback.listening):
                         continue
                     playback.begin()
                 for samples in held:
@@ -85,7 +83,6 @@ async def _pieces(
     for number, size in enumerate(sizes, start=1):
         while len(waiting) < size and not complete:
             new, complete = await part.take()
-            playback.announce()
             waiting += new
         # Tokens that end exactly with a chunk are followed by an empty one, however soon the end is known.
         final = len(waiting) < size
@@ -101,9 +98,6 @@ def _rest(part: Part, sizes: Iterator[int], spoken: int = 0) -> Rest:
     return Rest(sizes, spoken, part.arrivals, part.expected, usable_tokens(part.request.voice))
 
 
-def _pace(vocoder: VocoderPool, part: Part, latest: _Piece, playback: Playback) -> Pace:
+def _pace(part: Part, latest: _Piece) -> Pace:
     frames = FRAMES_PER_TOKEN * (usable_tokens(part.request.voice) + latest.spoken)
-    # Streams and not chunks in the queue: who came meanwhile has none there yet. Theirs are about as long.
-    others = playback.others_waited_for
-    queue = (others + 1) * frames * vocoder.seconds_per_frame if others else 0.0
-    return Pace(part.arrivals.seconds_per_token, latest.seconds / frames, queue)
+    return Pace(part.arrivals.seconds_per_token, latest.seconds / frames)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import selectors
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,10 +18,11 @@ from chatterbox_vllm.parts import speaking
 from chatterbox_vllm.streaming import vocoded
 from chatterbox_vllm.t3.prompt import STREAM_INTERVAL
 from chatterbox_vllm.types import AT_ONCE, SAMPLE_RATE, Listening, SpeechOptions, SpeechRequest
-from chatterbox_vllm.vocoder import pace, schedule
+from chatterbox_vllm.vocoder import pace, schedule, service
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback
 from chatterbox_vllm.vocoder.source import FRAME_SAMPLES
 from chatterbox_vllm.vocoder.utterance import Chunk, plan
+from chatterbox_vllm.vocoder.wire import Speak
 from tests.vocoder_support import voice
 
 T = TypeVar("T")
@@ -91,19 +90,21 @@ class SlowT3:
 
 @dataclass
 class SlowVocoder:
-    """Says silence, one chunk at a time, what is due first before the rest.
+    """Says silence, one chunk at a time, in the order that a service has.
 
     Args:
+        clock: of all.
         seconds_per_frame: that it takes.
         chunks: tokens of each.
     """
 
+    clock: Clock
     seconds_per_frame: float
     chunks: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._queue: list[tuple[float, int, asyncio.Event]] = []
-        self._numbers: Iterator[int] = itertools.count()
+        self._turns: dict[int, asyncio.Event] = {}
+        self._waiting: list[Speak] = []
         self._busy = False
 
     async def submit(self, chunk: Chunk) -> Tensor:
@@ -112,24 +113,27 @@ class SlowVocoder:
         if step.is_idle:
             step.take()
             return torch.empty(0)
-        async with self._turn(chunk.due):
+        async with self._turn(Speak(len(self.chunks), step, chunk.due, self.clock.now)):
             await asyncio.sleep(self.seconds_per_frame * step.flow_frames)
         step.take()
         chunk.utterance.released = step.released
         return torch.zeros(FRAME_SAMPLES * (step.released - before))
 
     @asynccontextmanager
-    async def _turn(self, due: float) -> AsyncIterator[None]:
+    async def _turn(self, job: Speak) -> AsyncIterator[None]:
         if self._busy:
-            heapq.heappush(self._queue, (due, next(self._numbers), come := asyncio.Event()))
-            await come.wait()  # the one before leaves it busy
+            self._waiting.append(job)
+            turn = self._turns[job.job] = asyncio.Event()
+            await turn.wait()  # the one before leaves it busy
         self._busy = True
         try:
             yield
         finally:
-            self._busy = bool(self._queue)
-            if self._queue:
-                heapq.heappop(self._queue)[2].set()
+            self._busy = bool(self._waiting)
+            if self._waiting:
+                following = service.ordered(self._waiting, self.clock.now, self.seconds_per_frame)[0]
+                self._waiting.remove(following)
+                self._turns.pop(following.job).set()
 
 
 @dataclass
@@ -175,7 +179,7 @@ def listen(clock: Clock, token: float, frame: float, **stream: Any) -> Heard:
 
 def listen_to_all(clock: Clock, token: float, frame: float, streams: Sequence[Stream]) -> list[Heard]:
     """To streams that share a vocoder, not T3."""
-    vocoder, playbacks = SlowVocoder(frame), set[Playback]()
+    vocoder = SlowVocoder(clock, frame)
 
     async def play(stream: Stream) -> Heard:
         await asyncio.sleep(stream.begins)
@@ -184,12 +188,11 @@ def listen_to_all(clock: Clock, token: float, frame: float, streams: Sequence[St
         texts = [[1] * count for count in stream.texts]
         t3: Any = SlowT3(token, stream.counts, stream.first)
         own: Any = vocoder
-        playbacks.add(playback := Playback(stream.listening, playbacks))
+        playback = Playback(stream.listening)
         async with speaking(t3, texts, request, interval=STREAM_INTERVAL, alone=stream.alone) as spoken:
             async for samples in vocoded(own, spoken, ChunkSchedule(), playback, alone=stream.alone):
                 pieces.append(len(samples))
                 arrivals.append(clock.now - began)
-        playbacks.remove(playback)
         first, dry = played(arrivals, pieces, stream.listening)
         return Heard(pieces, vocoder.chunks, first, dry)
 

@@ -129,19 +129,6 @@ def test_a_chunk_far_ahead_may_be_the_one_that_is_late() -> None:
     assert not speed.lasts(1.6, rest([25] * 20, 0, arrivals, 400))
 
 
-def test_what_goes_first_is_waited_for() -> None:
-    """Once: what the vocoder is busy with meanwhile, T3 speaks beside."""
-    following = rest([51], 26, arrived(50, complete=True), 50)
-    assert Pace(0.0, 1e-5, queue=0.99 / SAFETY).lasts(1.0, following)
-    assert not Pace(0.0, 1e-5, queue=1.01 / SAFETY).lasts(1.0, following)
-    # A second chunk of 0.57 s follows; by then 7 tokens more are heard.
-    two, behind = rest([20, 20], 0, arrived(35, complete=True), 35), Pace(0.0, 0.001, queue=1.0)
-    assert behind.lasts(1.571 * SAFETY - 0.28, two)
-    assert not behind.lasts(1.569 * SAFETY - 0.28, two)
-    assert Pace(0.5, 1e-5, queue=4.9).lasts(6.0, rest([20, 20], 0, arrived(20), 29))  # 10 tokens more, and T3's stop
-    assert not Pace(0.5, 1e-5, queue=4.9).lasts(5.5, rest([20, 20], 0, arrived(20), 29))
-
-
 def test_what_is_kept_back_on_the_way_does_not_last() -> None:
     speed, chunks = Pace(0.0026, 0.039 / 530), ChunkSchedule()
 

@@ -25,7 +25,7 @@ ENDLESS = " ".join([LONG] * 20)
 
 def is_idle(model: ChatterboxTTS) -> bool:
     engine = model._engine
-    streams = len(engine._playbacks) + len(model._streams)
+    streams = engine._streams + len(model._streams)
     return engine._t3.unfinished == engine.health().active == engine._worker.waiting == streams == 0
 
 
@@ -96,19 +96,6 @@ def test_streams_side_by_side(model: ChatterboxTTS) -> None:
         alone = list(model.generate_stream(TEXT, seed=seed, max_tokens=40))
         together = [piece for piece in pieces if piece is not None]
         assert torch.equal(torch.cat(together, 1), torch.cat(alone, 1))
-
-
-def test_streams_know_of_each_other(model: ChatterboxTTS) -> None:
-    streams = [model.generate_stream(ENDLESS) for _ in range(2)]
-    for stream in streams:
-        next(stream)
-    one, other = model._engine._playbacks
-    assert (one.others_waited_for, other.others_waited_for) == (0, 0)
-    one.has_begun = False  # as it was until now
-    assert (one.others_waited_for, other.others_waited_for) == (0, 1)
-    for stream in streams:
-        stream.close()
-    wait_for(lambda: is_idle(model))
 
 
 def test_how_often_tokens_are_told(model: ChatterboxTTS, monkeypatch: pytest.MonkeyPatch) -> None:

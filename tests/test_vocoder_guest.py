@@ -65,7 +65,7 @@ def run(scenario: Callable[[VocoderPool], Awaitable[Any]], blueprint: Blueprint,
 
 
 def chunk(seed: int) -> Chunk:
-    return Chunk(open_utterance(voice(10), seed=seed, diffusion_steps=2), speech(30, seed=seed), final=True, due=0.0)
+    return Chunk(open_utterance(voice(10), seed=seed, diffusion_steps=2), speech(30, seed=seed), final=True)
 
 
 def test_a_guest_speaks_as_a_vocoder_at_hand(blueprint: Blueprint) -> None:

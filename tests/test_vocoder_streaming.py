@@ -13,7 +13,7 @@ from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.types import Listening
 from chatterbox_vllm.vocoder.distance import log_mel, mel_distance, streaming_distance
 from chatterbox_vllm.vocoder.schedule import MARGIN, PATIENCE, ChunkSchedule, Playback, due_of_file
-from chatterbox_vllm.vocoder.utterance import Chunk, Step
+from chatterbox_vllm.vocoder.utterance import Chunk, Due, Step
 from tests.vocoder_support import speech, streamed, vocoder, voice, whole
 
 SCHEDULES = [[15, 30], [1] * 70, [3, 40, 2, 1, 1, 20], [0, 69, 1], []]
@@ -181,45 +181,29 @@ def test_when_chunks_are_due(monkeypatch):
     listener = Playback()
     listener.made(0)
     listener.begin()
-    assert (listener.due, due_of_file()) == (100.0, 100.0 + PATIENCE)
+    assert (listener.due, due_of_file()) == (Due(100.0), Due(100.0 + PATIENCE))
     assert not listener.has_begun
     listener.made(24_000)
     listener.begin()
     assert listener.has_begun
-    assert listener.due == 101.0 - MARGIN
+    assert listener.due == Due(101.0 - MARGIN, heard=True)
     now = 100.5
     listener.made(12_000)  # in time
     listener.begin()
-    assert listener.due == 101.5 - MARGIN
+    assert listener.due.at == 101.5 - MARGIN
     now = 103.0
-    assert listener.due == 101.5 - MARGIN  # too late: a second and a half of silence
+    assert listener.due.at == 101.5 - MARGIN  # too late: a second and a half of silence
     listener.made(24_000)
-    assert listener.due == 104.0 - MARGIN
-    assert listener.others_waited_for == 0
+    assert listener.due.at == 104.0 - MARGIN
     hurried = Playback(Listening(2.0, 0.1))
     hurried.made(24_000)
-    assert hurried.due == pytest.approx(103.5 - 0.1 - MARGIN)
+    assert hurried.due == Due(pytest.approx(103.5 - 0.1 - MARGIN), heard=True)
     now = 103.3  # whose first sound is held back is due as if it were heard
     hurried.made(12_000)
-    assert hurried.due == pytest.approx(103.75 - 0.1 - MARGIN)
+    assert hurried.due.at == pytest.approx(103.75 - 0.1 - MARGIN)
     assert not hurried.has_begun
     hurried.begin()
-    assert hurried.due == pytest.approx(103.3 + 0.75 - 0.1 - MARGIN)
-
-
-def test_who_is_waited_for():
-    company = [Playback() for _ in range(3)]
-    one = Playback(company=company)
-    company.append(one)
-    assert one.others_waited_for == 0  # T3 may not have begun with them
-    for other in company:
-        other.announce()
-    assert one.others_waited_for == 3
-    company[0].begin()
-    for other in company[1:]:
-        other.made(1)
-    company[1].begin()
-    assert (one.others_waited_for, one.is_waited_for, company[1].is_waited_for) == (2, True, False)
+    assert hurried.due.at == pytest.approx(103.3 + 0.75 - 0.1 - MARGIN)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from chatterbox_vllm.errors import CheckpointError, EngineDead, EngineError
 from chatterbox_vllm.vocoder import service, worker
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.host import ThreadHost
-from chatterbox_vllm.vocoder.service import Service, pick
-from chatterbox_vllm.vocoder.utterance import Chunk, Step, Utterance, plan
+from chatterbox_vllm.vocoder.service import Service, ordered, pick
+from chatterbox_vllm.vocoder.utterance import Chunk, Due, Step, Utterance, plan
 from chatterbox_vllm.vocoder.wire import Begun, Ended, Failed, Limits, Order, Read, Ready, Speak, Spoken, Tell
 from chatterbox_vllm.vocoder.worker import GONE, HANGING, VocoderPool, VocoderStats
 from tests.vocoder_support import At, Here, said, speech, vocoder, voice
@@ -58,7 +58,7 @@ def utterance(steps: int = 10) -> Utterance:
 
 
 def chunk(of: Utterance | None = None, count: int = 5, *, final: bool = True, due: float = 0.0) -> Chunk:
-    return Chunk(of or utterance(), speech(count), final=final, due=due)
+    return Chunk(of or utterance(), speech(count), final=final, due=Due(due))
 
 
 def heard(samples: torch.Tensor) -> float:
@@ -119,16 +119,37 @@ def test_batches_are_bounded(limits, sizes):
     run(scenario, **limits)
 
 
-def speak(job: int, due: float, *, count: int = 5, steps: int = 10) -> Speak:
-    return Speak(job, plan(chunk(utterance(steps), count)), due, came=0.0)
+def speak(job: int, due: float, *, count: int = 5, steps: int = 10, heard: bool = False) -> Speak:
+    return Speak(job, plan(chunk(utterance(steps), count)), Due(due, heard), came=0.0)
 
 
 def test_what_is_due_first_goes_first():
-    jobs = [speak(1, 30.0), speak(2, 10.0), speak(3, 20.0, steps=4), speak(4, 15.0, count=50), speak(5, 40.0)]
+    jobs = [speak(1, 30.0), speak(2, 10.0), speak(3, 20.0, heard=True), speak(4, 20.0)]
+    assert [job.job for job in ordered(jobs, 0.0, 1e-9)] == [2, 4, 3, 1]
+    assert ordered([], 0.0, 1e-9) == []
+
+
+def test_who_would_fall_silent_goes_first():
+    """If everything that is due before had its turn first, and not a moment sooner."""
+    jobs = [speak(1, 10.0), speak(2, 11.0), speak(3, 20.0, heard=True), speak(4, 20.5, heard=True), speak(5, 99.0)]
+    frames = jobs[0].step.flow_frames  # of each
+
+    def order(now: float, seconds: float) -> list[int]:
+        return [job.job for job in ordered(jobs, now, seconds / frames)]
+
+    assert order(16.4, 1.0) == [1, 2, 3, 4, 5]
+    assert order(16.5, 1.0) == [4, 1, 2, 3, 5], "three need not go yet"
+    assert order(17.0, 1.0) == [3, 4, 1, 2, 5]
+    assert order(20.0, 0.0) == [3, 1, 2, 4, 5], "if no pace is known: what is due now"
+    assert order(199.0, 9.0) == [3, 4, 1, 2, 5], "who is not heard waits, however late"
+
+
+def test_a_batch_is_what_fits_of_the_first():
+    jobs = [speak(2, 10.0), speak(4, 15.0, count=50), speak(3, 20.0, steps=4), speak(1, 30.0), speak(5, 40.0)]
     assert [job.job for job in pick(jobs, 3, 10_000)] == [2, 4, 1]
     assert [job.job for job in pick(jobs, 9, 10_000)] == [2, 4, 1, 5], "three has other diffusion steps"
     assert [job.job for job in pick(jobs, 9, 25)] == [2], "what is too long holds back what is due after it"
-    assert [job.job for job in pick(jobs[3:4], 9, 25)] == [4], "one goes, however long it is"
+    assert [job.job for job in pick(jobs[1:2], 9, 25)] == [4], "one goes, however long it is"
     assert pick([], 9, 25) == []
 
 
@@ -308,27 +329,21 @@ def test_what_was_done_is_counted():
     run(scenario)
 
 
-def test_how_fast_it_is_of_late():
+def test_how_fast_it_is_of_late(monkeypatch):
     """Of two batches, the later one counts more, and so do frames."""
-
-    async def scenario(pool, stub):
-        assert pool.seconds_per_frame == 0.0
-        stub.gate.set()
-        await pool.submit(chunk(count=1))
-        (one,) = pool._workers
-        for frames, seconds in ((100, 1.0), (300, 2.0)):
-            pool._recent_seconds = pool._recent_frames = 0.0
-            pool._spoken(one, Spoken((), [], 100, 1.0, (), VocoderFootprint({}, {})))
-            pool._spoken(one, Spoken((), [], frames, seconds, (), VocoderFootprint({}, {})))
-            assert pool.seconds_per_frame == pytest.approx((0.9 + seconds) / (90 + frames))
-        several = [SimpleNamespace(up=up) for up in (True, True, False)]
-        pool._workers = several
-        assert pool.seconds_per_frame == pytest.approx(2.9 / 390 / 2)
-        pool._workers = several[2:]
-        assert pool.seconds_per_frame == pytest.approx(2.9 / 390)
-        pool._workers = [one]
-
-    run(scenario)
+    now, stub, told = 0.0, Stub(), []
+    monkeypatch.setattr(service, "time", SimpleNamespace(monotonic=lambda: now))
+    own = Service(told.append, Limits())
+    assert own.seconds_per_frame == 0.0
+    stub.gate.set()
+    for count, seconds in ((5, 1.0), (50, 2.0)):
+        own.put(speak(count, 0.0, count=count))
+        running = own._turn(stub, None)
+        now += seconds
+        assert own._turn(stub, running) is None
+    few, many = (news.frames for news in told if isinstance(news, Spoken))
+    assert few < many
+    assert own.seconds_per_frame == pytest.approx((0.9 * 1.0 + 2.0) / (0.9 * few + many))
 
 
 @pytest.mark.parametrize("drain", [True, False])

@@ -27,7 +27,7 @@ from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.noise import Stream
 from chatterbox_vllm.vocoder.sounding import Sounding
 from chatterbox_vllm.vocoder.stage import Vocoder
-from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, open_utterance
+from chatterbox_vllm.vocoder.utterance import Chunk, Due, Said, Step, Utterance, open_utterance
 from chatterbox_vllm.vocoder.worker import VocoderPool
 
 OWN = ("flow.", "mel2wav.")
@@ -146,7 +146,7 @@ class Here:
 
 def told(order: Order, *, due: float = 0.0) -> Chunk:
     """A chunk for a vocoder of ``Scripted``."""
-    return Chunk(open_utterance(voice(5), seed=0), torch.tensor([order, 0, 0]), final=True, due=due)
+    return Chunk(open_utterance(voice(5), seed=0), torch.tensor([order, 0, 0]), final=True, due=Due(due))
 
 
 async def held(pool: VocoderPool, folder: Path) -> asyncio.Task[Tensor]:

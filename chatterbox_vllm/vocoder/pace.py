@@ -1,8 +1,8 @@
 """Whether a stream's sound lasts until more of it comes.
 
 Where T3 or the vocoder is slow, a player that starts with the first chunk's sound would run dry before the next one.
-So ``streaming.vocoded`` holds the first sound back until, by the pace of this very stream and the company that it has,
-all that follows comes in time. That decides when sound is handed out, never where it is cut.
+So ``streaming.vocoded`` holds the first sound back until, by the pace of this very stream, all that follows comes in
+time. That decides when sound is handed out, never where it is cut.
 """
 
 from __future__ import annotations
@@ -85,12 +85,10 @@ class Pace:
     Args:
         token: seconds that T3 takes for a token.
         frame: seconds that the vocoder takes for each frame its flow works on, the wait in its queue included.
-        queue: seconds after which it will be done with the next chunk, if others' chunks go before it; else 0.
     """
 
     token: float
     frame: float
-    queue: float = 0.0
 
     def lasts(self, sound: float, rests: Iterable[Rest], listening: Listening = AT_ONCE) -> bool:
         """Whether a player that starts now, with so many seconds of sound, would not run dry.
@@ -109,7 +107,6 @@ class Pace:
                 # That there is no further token is known when T3 stops, which is one more.
                 told = max(0, spoken + final - there) * self.token
                 arrival = max(told, arrival) + self.frame * FRAMES_PER_TOKEN * (rest.recording + spoken)
-                arrival = max(arrival, self.queue)
                 if arrival * SAFETY > lasting:
                     return False
             sound += (rest.expected - out) / TOKEN_RATE

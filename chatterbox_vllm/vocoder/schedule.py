@@ -13,25 +13,27 @@ to wait, and the listener would hear a pause: there the first chunk is longer, w
 with, and growing from it is a third of the work less. A stream with a seed always begins so, lest its sound depend on
 its company.
 
-Where the first sound would not last until the second chunk, on a slow device or for others' chunks that go before it,
-it is held back: see ``pace``. Chunks are cut the same. What a watermark, an encoder or a faster speech keeps back of it
-on the way does not last either, so a lone stream's chunks are longer by that (``Listening``).
+Where the first sound would not last until the second chunk, on a slow device, it is held back: see ``pace``. Chunks are
+cut the same. What a watermark, an encoder or a faster speech keeps back of it on the way does not last either, so a
+lone stream's chunks are longer by that (``Listening``).
 
 When a chunk is spoken is another matter: a stream's first chunk is due at once, a later one shortly before its listener
-has heard all there is, and a whole file after some patience. What is due first goes first, so nothing waits for ever.
+has heard all there is, and a whole file after some patience. What is due first goes first, so nothing waits for ever,
+but who is heard does not fall silent for who is not: see ``service.ordered``.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.types import AT_ONCE, SAMPLE_RATE, TOKEN_RATE, Listening
 from chatterbox_vllm.vocoder.pace import HELD_TOKENS
+from chatterbox_vllm.vocoder.utterance import Due
 
 MARGIN: Final = 0.25
 """Seconds before its listener's last sample that a stream's next chunk is due: it takes time to be spoken and sent."""
@@ -89,26 +91,19 @@ class Playback:
     """When a listener who plays a stream from its first sound on has heard all there is.
 
     After a pause in the sound the player goes on from where it was. Of a stream whose first sound is held back, chunks
-    are due as if it had begun with its first one: who is heard already must not fall silent for them.
+    are due as if it had begun with its first one: so it begins before more streams do.
 
     Args:
         listening: how the stream is heard.
-        company: the playbacks of all streams that run, its own among them or not; others come and go.
     """
 
-    def __init__(self, listening: Listening = AT_ONCE, company: Collection[Playback] = ()) -> None:
+    def __init__(self, listening: Listening = AT_ONCE) -> None:
         self.listening = listening
         self.has_begun = False
         """Whether the player runs."""
         self.sound = 0.0
         """Seconds of speech that are there, at speed 1."""
-        self._company = company
-        self._announced = False
         self._dry: float | None = None
-
-    def announce(self) -> None:
-        """Notes that T3 speaks, so that the first chunk is soon to come."""
-        self._announced = True
 
     def made(self, samples: int) -> None:
         """Notes that so many more samples are there."""
@@ -123,21 +118,13 @@ class Playback:
             self.has_begun, self._dry = True, time.monotonic() + self.sound / self.listening.speed
 
     @property
-    def is_waited_for(self) -> bool:
-        """Whether there is a first sound to come, though nobody hears it yet."""
-        return self._announced and not self.has_begun
-
-    @property
-    def others_waited_for(self) -> int:
-        """Other streams like that: mostly a chunk of each is due before this one's next, if this one begins now."""
-        return sum(other.is_waited_for for other in self._company if other is not self)
-
-    @property
-    def due(self) -> float:
-        """When the stream's next chunk is due, in ``time.monotonic``'s seconds."""
-        return time.monotonic() if self._dry is None else self._dry - self.listening.behind - MARGIN
+    def due(self) -> Due:
+        """When the stream's next chunk is due."""
+        if self._dry is None:
+            return Due(time.monotonic())
+        return Due(self._dry - self.listening.behind - MARGIN, heard=True)
 
 
-def due_of_file() -> float:
-    """When a whole file that is asked for now is due, in ``time.monotonic``'s seconds."""
-    return time.monotonic() + PATIENCE
+def due_of_file() -> Due:
+    """When a whole file that is asked for now is due."""
+    return Due(time.monotonic() + PATIENCE)

@@ -1,4 +1,4 @@
-"""The loop that owns a vocoder: it takes what is due first, speaks it together, and tells what became of it.
+"""The loop that owns a vocoder: it takes what is to go first, speaks it together, and tells what became of it.
 
 The same loop runs on a thread of the server's process and in a process of its own; only the ways in and out differ.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -24,6 +24,8 @@ logger: Final = logging.getLogger(__name__)
 
 DEVICE_LOST: Final[tuple[type[Exception], ...]] = (torch.AcceleratorError,)
 """What a failed kernel raises. The device's context does not survive it. Want of memory is no such error."""
+FADING: Final = 0.9
+"""By what the weight of each batch in ``Service.seconds_per_frame`` shrinks with the next."""
 
 
 class Service:
@@ -43,6 +45,12 @@ class Service:
         self._jobs: list[Speak] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._seconds = self._frames = 0.0
+
+    @property
+    def seconds_per_frame(self) -> float:
+        """That the vocoder takes for each frame that its flow works on, by the latest batches; 0 before any."""
+        return self._seconds / max(1.0, self._frames)
 
     def put(self, order: Order) -> None:
         """Adds a job, or takes one back; one that has begun is finished all the same."""
@@ -101,7 +109,8 @@ class Service:
                 self._changed.wait_for(lambda: len(self._jobs) >= limits.max_batch or self._closing, limits.max_wait)
             if self._closing:
                 return None
-            batch = pick(self._jobs, limits.max_batch, limits.max_frames or vocoder.max_frames)
+            jobs = ordered(self._jobs, time.monotonic(), self.seconds_per_frame)
+            batch = pick(jobs, limits.max_batch, limits.max_frames or vocoder.max_frames)
             taken = {job.job for job in batch}
             self._jobs = [job for job in self._jobs if job.job not in taken]
         return _Batch(batch) if batch else None
@@ -121,6 +130,7 @@ class Service:
         logger.debug("spoke %d chunks in %.0f ms", len(batch.jobs), 1e3 * took)
         frames = sum(job.step.flow_frames for job in batch.jobs)
         waits = tuple(batch.began - job.came for job in batch.jobs)
+        self._seconds, self._frames = FADING * self._seconds + took, FADING * self._frames + frames
         self._tell(Spoken(batch.numbers, said, frames, took, waits, vocoder.footprint()))
 
 
@@ -170,8 +180,27 @@ class _Batch:
         return self._sounding.arrive()
 
 
+def ordered(jobs: Iterable[Speak], now: float, seconds_per_frame: float) -> list[Speak]:
+    """What waits, in the order in which it is to go: as it is due, but what would fall silent goes first.
+
+    That is a chunk of a stream which is heard, if it were late after all that is due before it. So new streams begin at
+    once as long as all others go on; where there are too many for the device, they wait until some have ended.
+
+    Args:
+        jobs: in any order.
+        now: by the clock of ``Due``.
+        seconds_per_frame: that their flows take.
+    """
+    urgent, others, frames = list[Speak](), list[Speak](), 0
+    for job in sorted(jobs, key=lambda job: job.due):
+        frames += job.step.flow_frames
+        is_late = now + frames * seconds_per_frame >= job.due.at
+        (urgent if job.due.heard and is_late else others).append(job)
+    return urgent + others
+
+
 def pick(jobs: Sequence[Speak], max_batch: int, max_frames: int) -> list[Speak]:
-    """The next batch: earliest due first, all with as many diffusion steps as the first; at least one job.
+    """The next batch: the first of them, all with as many diffusion steps as the very first; at least one job.
 
     With a stream in it, a batch is a quarter as large as it may be, so that who comes next does not wait long; where
     many wait already, up to half as large, which is faster.
@@ -179,7 +208,7 @@ def pick(jobs: Sequence[Speak], max_batch: int, max_frames: int) -> list[Speak]:
     batch: list[Speak] = []
     frames, waiting = 0, sum(job.step.flow_frames for job in jobs)
     streamed = min(max(max_frames // 4, waiting // 4), max_frames // 2)
-    for job in sorted(jobs, key=lambda job: job.due):
+    for job in jobs:
         if batch and job.step.utterance.diffusion_steps != batch[0].step.utterance.diffusion_steps:
             continue
         frames += job.step.flow_frames

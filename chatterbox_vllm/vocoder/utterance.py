@@ -78,6 +78,19 @@ def open_utterance(voice: VoiceFeatures, *, seed: int, diffusion_steps: int = 10
     return Utterance(voice, seed, diffusion_steps)
 
 
+@dataclass(frozen=True, order=True)
+class Due:
+    """When a chunk's sound is wanted.
+
+    Args:
+        at: in ``time.monotonic``'s seconds.
+        heard: somebody hears what is there of it, and falls silent when the chunk is late.
+    """
+
+    at: float = field(default_factory=time.monotonic)
+    heard: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """New tokens of one utterance.
@@ -86,7 +99,7 @@ class Chunk:
         utterance: whose.
         tokens: (n,) int64 on the CPU, those that follow what was handed over before; may be empty.
         final: no more will come.
-        due: when its sound is wanted, in ``time.monotonic``'s seconds: of what waits, the earliest is spoken first.
+        due: when its sound is wanted, by which what waits is put in order.
 
     Raises:
         InvalidRequest: see ``check_tokens``; ``param`` is ``tokens``.
@@ -95,7 +108,7 @@ class Chunk:
     utterance: Utterance
     tokens: Tensor
     final: bool
-    due: float = field(default_factory=time.monotonic)
+    due: Due = field(default_factory=Due)
 
     def __post_init__(self) -> None:
         check_tokens(self.tokens)

@@ -27,7 +27,7 @@ from torch import Tensor
 from chatterbox_vllm.types import VoiceFeatures
 from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
-from chatterbox_vllm.vocoder.utterance import Said, Step, Utterance
+from chatterbox_vllm.vocoder.utterance import Due, Said, Step, Utterance
 
 _COUNT: Final = struct.Struct("!I")
 _PARTS_AT_ONCE: Final = 512
@@ -81,7 +81,7 @@ class Speak:
 
     job: int
     step: Step
-    due: float
+    due: Due
     came: float
 
 

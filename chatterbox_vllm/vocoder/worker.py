@@ -1,8 +1,7 @@
 """The vocoder's front for asyncio: one or several workers, and whose chunk goes to which.
 
-A chunk goes to the worker with the least to do. What waits there is spoken in the order in which it is due (see
-``service.pick``). When a worker dies, only the chunks of the batch that it ran fail; the others go to another one, or
-wait for it to come back.
+A chunk goes to the worker with the least to do. What waits there is spoken in the order of ``service.ordered``. When a
+worker dies, only the chunks of the batch that it ran fail; the others go to another one, or wait for it to come back.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 from chatterbox_vllm.errors import EngineDead, EngineError
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.host import GRACE, Host
-from chatterbox_vllm.vocoder.utterance import Chunk, Said, Step, Utterance, plan
+from chatterbox_vllm.vocoder.utterance import Chunk, Due, Said, Step, Utterance, plan
 from chatterbox_vllm.vocoder.wire import Begun, Drop, Ended, Failed, News, Read, Ready, Speak, Spoken
 
 logger: Final = logging.getLogger(__name__)
@@ -36,8 +35,6 @@ TOO_LONG: Final = 3
 """A worker that tells nothing for so many times its host's patience is ended."""
 TICK: Final = 1.0
 """Seconds between two looks at who tells nothing."""
-FADING: Final = 0.9
-"""By what the weight of each batch in ``VocoderPool.seconds_per_frame`` shrinks with the next."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,6 @@ class VocoderPool:
         self._homeless: dict[int, _Job] = {}
         self._speaking: set[Utterance] = set()
         self._stats = VocoderStats()
-        self._recent_seconds = self._recent_frames = 0.0
         self._watching: asyncio.TimerHandle | None = None
         self._closing = False
 
@@ -141,12 +137,6 @@ class VocoderPool:
     @property
     def stats(self) -> VocoderStats:
         return replace(self._stats, waiting=self.waiting)
-
-    @property
-    def seconds_per_frame(self) -> float:
-        """That the workers together take for each frame their flows work on, by the latest batches; 0 before any."""
-        up = sum(worker.up for worker in self._workers)
-        return self._recent_seconds / max(1.0, self._recent_frames) / max(1, up)
 
     @property
     def footprints(self) -> list[VocoderFootprint]:
@@ -238,7 +228,7 @@ class VocoderPool:
         for job in self._jobs():
             job.fail(EngineDead("the vocoder has ended"))
 
-    async def _said(self, step: Step, due: float) -> Said:
+    async def _said(self, step: Step, due: Due) -> Said:
         number = next(self._numbers)
         speak = Speak(number, step, due, came=time.monotonic())
         job = _Job(speak, asyncio.get_running_loop().create_future(), step.flow_frames)
@@ -324,8 +314,6 @@ class VocoderPool:
             busy_seconds=news.busy_seconds,
             queue_wait_seconds=sum(news.waits),
         )
-        self._recent_seconds = FADING * self._recent_seconds + news.busy_seconds
-        self._recent_frames = FADING * self._recent_frames + news.frames
         worker.footprint = news.footprint
         for number, said in zip(news.jobs, news.said, strict=True):
             job = worker.jobs.pop(number, None)
