@@ -454,9 +454,10 @@ def test_b_lengths_for_small_cards(full: Headers, gib: int, length: int) -> None
 
 
 def test_b_how_much_slower_is_measured() -> None:
-    kept = at_64("awq", "on host F", 5) / at_64("none", "on host F", 5)
-    assert "0.95 in `awq`" in corrected("4 bits are 10 to 20% slower")
-    assert f"{kept:.2f}" == "0.95"
+    hosts = ["On host J", "On host F", "another host, also"]
+    kept = [f"{at_64('awq', host, 5) / at_64('none', host, 5):.2f}" for host in hosts]
+    assert kept == ["0.90", "0.95", "0.99"]
+    assert "0.90 to 0.99 in `awq`" in corrected("4 bits are 10 to 20% slower")
     assert "eval" in corrected("the sound is near-identical")
 
 
@@ -863,8 +864,8 @@ def test_e_the_guide_to_memory_has_measured_tables() -> None:
     """Every method has a row of memory on a GPU, by itself or in the strategy that has it, in both checkpoints."""
     guide = (ROOT / "docs" / "VRAM_OPTIMIZATION.md").read_text(encoding="utf-8")
     by_method = guide.split("### By method")[1].split("### Where it goes")[0]
-    rows = ["none", "conservative", "fp8", "bnb-8bit", "mixed", "aggressive"]
-    for row in ["awq", *rows, *(f"{name}`, multilingual" for name in rows)]:
+    rows = ["none", "conservative", "fp8", "bnb-8bit", "mixed", "awq", "aggressive"]
+    for row in [*rows, *(f"{name}`, multilingual" for name in rows)]:
         (found,) = re.findall(rf"^\| `{row}{'' if '`' in row else '`'} \|(.*)\|$", by_method, flags=re.MULTILINE)
         assert len([float(cell.replace(",", "")) for cell in found.split("|")]) == 7, row
     assert {STRATEGIES[name].t3 for name in rows if name in STRATEGIES} == {"none", "int8", "bnb-4bit"}
