@@ -2,10 +2,10 @@
 
     python benchmarks/cpu_vocoder.py --seconds 1 2 5 --json cpu.json
 
-Both speak the same tokens in the same voice, flow and HiFT, float32. They take turns, ours first in every other round,
-so that what else the machine does falls on both; the ratio is of the medians, and ``fastest`` the ratio of the shortest
-times. ``flow`` and ``hift`` are their shares: of ours, what is left is noise and bookkeeping, which upstream's two
-shares contain. The first round is not counted.
+Both speak the same tokens in the same voice, flow and HiFT; upstream's is float32. They take turns, ours first in every
+other round, so that what else the machine does falls on both; the ratio is of the medians, and ``fastest`` the ratio of
+the shortest times. ``flow`` and ``hift`` are their shares: of ours, what is left is noise and bookkeeping, which
+upstream's two shares contain. The first round is not counted.
 
 Needs upstream's wheel (``pip install --no-deps chatterbox-tts==0.1.7 s3tokenizer==0.3.0``).
 """
@@ -45,18 +45,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=5)
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's (default: %(default)s)")
     made.add_argument("--size", choices=networks.SIZES, default="full")
-    made.add_argument("--exact", action="store_true", help="ours with upstream's very bits (vocoder_dtype=float32)")
+    made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="our vocoder_dtype")
     made.add_argument("--json", type=Path)
     return made
 
 
-def both(size: networks.Size, *, exact: bool) -> tuple[Any, Vocoder]:
+def both(size: networks.Size, *, dtype: str) -> tuple[Any, Vocoder]:
     """Upstream's network and ours, with the weights that ``demo-checkpoint`` would draw."""
     theirs: Any = networks.s3gen(size)
     own = {name: like for name, like in theirs.state_dict().items() if name.startswith(("flow.", "mel2wav."))}
     for name, tensor in own.items():
         tensor.copy_(draw(FILE, name, tensor, 0))
-    return theirs, Vocoder(weights.build(own, Path(FILE)), exact=exact)
+    half = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    return theirs, Vocoder(weights.build(own, Path(FILE)), dtype=half, exact=dtype == "float32")
 
 
 def upstream_reference(voice: VoiceFeatures) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def summary(seconds: float, times: dict[str, list[Shares]]) -> dict[str, Any]:
 def main() -> None:
     arguments = parser().parse_args()
     torch.set_num_threads(arguments.threads)
-    theirs, ours = both(arguments.size, exact=arguments.exact)
+    theirs, ours = both(arguments.size, dtype=arguments.dtype)
     results = []
     print(f"{'s of sound':>10} {'side':>9} {'total s':>9} {'flow':>9} {'hift':>9} {'x real time':>12}")
     for seconds in arguments.seconds:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from chatterbox_vllm.checkpoint import resolve
 from chatterbox_vllm.quantization import estimate, spellings
@@ -29,6 +32,16 @@ class ChatterboxQuantizationConfig(Policy):
         super().__init__(**components, strategy=named.strategy if components == named.methods else None)
 
 
+class _OfClass:
+    """A method that can be called on its class, too: of an instance without arguments."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self._method = method
+
+    def __get__(self, instance: object | None, owner: type) -> Callable[..., Any]:
+        return partial(self._method, owner() if instance is None else instance)
+
+
 class QuantizationMemoryEstimator(estimate.QuantizationMemoryEstimator):
     """Weighs one checkpoint.
 
@@ -40,5 +53,7 @@ class QuantizationMemoryEstimator(estimate.QuantizationMemoryEstimator):
         CheckpointError: there is no such checkpoint, or a file cannot be read.
     """
 
-    def __init__(self, checkpoint: str | Path | estimate.Files, **sizes: int) -> None:
+    def __init__(self, checkpoint: str | Path | estimate.Files = "english", **sizes: int) -> None:
         super().__init__(resolve(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint, **sizes)
+
+    compare_strategies = _OfClass(estimate.QuantizationMemoryEstimator.compare_strategies)

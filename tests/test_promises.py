@@ -517,7 +517,7 @@ def test_c_get_quantization_info(model: ChatterboxTTS) -> None:
     assert json.loads(json.dumps(info)) == info
 
 
-def test_c_names_of_the_configuration(demo: Checkpoint) -> None:
+def test_c_names_of_the_configuration(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     from chatterbox_vllm.quantization_config import (
         ChatterboxQuantizationConfig,
         QuantizationMemoryEstimator,
@@ -533,6 +533,8 @@ def test_c_names_of_the_configuration(demo: Checkpoint) -> None:
     compared = QuantizationMemoryEstimator(demo).compare_strategies()
     assert QuantizationMemoryEstimator(str(demo.folder)).compare_strategies() == compared
     assert QuantizationMemoryEstimator(demo.folder, itemsize=4).compare_strategies() != compared
+    monkeypatch.setattr("chatterbox_vllm.quantization_config.resolve", lambda name: {"english": demo}[name])
+    assert QuantizationMemoryEstimator.compare_strategies() == compared
     assert list(compared) == ["none", "conservative", "mixed", "aggressive"]
     cards = [each.card for each in compared.values()]
     assert cards == sorted(cards, reverse=True)

@@ -106,6 +106,11 @@ def test_ultra_low_vram_quantises_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch)
         ({"CHATTERBOX_USE_BNB_QUANTIZATION": "true"}, "bnb-8bit", "bnb-4bit"),
         ({"CHATTERBOX_QUANTIZE_S3GEN": "false"}, "bnb-4bit", "none"),
         ({"CHATTERBOX_QUANTIZATION_METHOD": "bnb-8bit"}, "bnb-8bit", "bnb-4bit"),
+        (
+            {"CHATTERBOX_QUANTIZATION_METHOD": "bnb-8bit", "CHATTERBOX_QUANTIZE_S3GEN": "false"},
+            "bnb-8bit",
+            "none",
+        ),
     ],
 )
 @pytest.mark.usefixtures("gpu")
