@@ -158,8 +158,8 @@ class Settings(BaseModel):
     vocoder_dtype: Dtype = Field(
         "auto",
         description="the vocoder's number format; auto is half precision on a GPU, and on a CPU float32 with faster "
-        "products than upstream's; float32 has upstream's very bits there, and bfloat16 is a quarter faster where the CPU "
-        "has instructions for it",
+        "products than upstream's; float32 has upstream's very bits there, and bfloat16 is a quarter faster where the "
+        "CPU has instructions for it",
     )
     mps: bool = Field(
         False, description="run NVIDIA's MPS, under which T3 and the vocoder use one GPU at the same time, not by turns"
