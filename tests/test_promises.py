@@ -110,6 +110,15 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Headers:
     return full_headers(tmp_path_factory.mktemp("full"))
 
 
+@pytest.fixture(scope="module")
+def int8(demo: Checkpoint, cache: Path) -> Iterator[ChatterboxTTS]:
+    """What a CPU can quantise, really loaded."""
+    from chatterbox_vllm.tts import ChatterboxTTS
+
+    with ChatterboxTTS.from_local(demo, use_int8_quantization=True, max_model_len=512, max_batch_size=4) as made:
+        yield made
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     """What ``serve`` would run with; no .env and no variables of the developer's, and a GPU for the presets."""
@@ -517,6 +526,20 @@ def test_c_get_quantization_info(model: ChatterboxTTS) -> None:
     assert json.loads(json.dumps(info)) == info
 
 
+@without_gpu
+def test_c_get_quantization_info_of_a_quantised_model(int8: ChatterboxTTS) -> None:
+    info = int8.get_quantization_info()
+    assert (info["quantized"], info["method"]) == (True, "int8")
+    for name, part in info["components"].items():
+        if name in ("t3", "flow_encoder", "estimator"):
+            assert part["method"] == "int8"
+            assert part["layers"] > 4
+            assert 0 < part["bytes"] < part["bytes_before"]
+        else:
+            assert (part["method"], part["layers"]) == ("none", 0)
+            assert part["bytes"] == part["bytes_before"] > 0
+
+
 def test_c_names_of_the_configuration(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     from chatterbox_vllm.quantization_config import (
         ChatterboxQuantizationConfig,
@@ -755,6 +778,18 @@ def test_d_streaming_and_several_speakers(demo: Checkpoint) -> None:
         for index, samples in enumerate(vocoder.advance(chunks)):
             heard[index] += len(samples)
     assert heard == [960 * 60] * 2
+
+
+@without_gpu
+def test_d_streaming_with_a_quantised_model(int8: ChatterboxTTS) -> None:
+    """T3 and vocoder together: what a seed says is said again, to two listeners at once, too."""
+    options = {"seed": 3, "max_tokens": 60, "diffusion_steps": 2}
+    whole = torch.cat(list(int8.generate_stream("A sentence for two.", **options)), dim=1)
+    assert whole.shape[1] == 60 * 960
+    streams = [int8.generate_stream("A sentence for two.", **options) for _ in range(2)]
+    for pieces in zip(*streams, strict=True):
+        assert torch.equal(*pieces)
+    assert int8.generate(["One.", "Two."], seed=1, max_tokens=20, diffusion_steps=1)[1].shape == (1, 20 * 960)
 
 
 def test_d_long_form(model: ChatterboxTTS) -> None:
