@@ -183,7 +183,7 @@ class _Sum:
             tokens=max(_FEWEST_TOKENS, batch),
             graphs=tuple(sorted({largest, *(2**power for power in range(largest.bit_length()))})),
             frames=longest_frames(self.demand.max_model_len),
-            own_process=self.demand.vocoder_on_card and self.demand.vocoder_process is True,
+            own_process=self.demand.vocoder_on_card and self.demand.needs_own_process,
         )
 
     def upgrades(self) -> Iterator[Callable[[Choice], Choice]]:
@@ -288,8 +288,10 @@ def _single_remedies(budget: int, needed: _Sum, batch: int) -> Iterator[str]:
         yield f"max_model_len={shorter[most - 1]}"
     if weakest := next((name for name, each in _possible(needed.estimator).items() if takes(each) <= budget), None):
         yield f"quantization_strategy={weakest}"
-    if needed.demand.vocoder_process and takes(vocoder_process=False) <= budget:
+    if needed.demand.vocoder_process and takes(vocoder_process=False, vocoder_workers=1) <= budget:
         yield "vocoder_process=false"
+    elif needed.demand.vocoder_workers > 1 and takes(vocoder_workers=1) <= budget:
+        yield "one vocoder_device"
     if needed.demand.vocoder_on_card and takes(vocoder_on_card=False) <= budget:
         yield "vocoder_device=cpu, which is slower"
 

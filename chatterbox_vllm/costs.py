@@ -91,6 +91,7 @@ class Demand:
         max_model_len: positions of one of them.
         vocoder_process: False has the vocoder run in T3's process; None for a process of its own where there is room.
         vocoder_on_card: False where the vocoder's device is another one than T3's.
+        vocoder_workers: of all devices; several cannot share T3's process.
         itemsize, vocoder_itemsize: bytes of a number of the stages' dtypes.
         multiprocessors: of the card; a CUDA context grows with them. An H200 has 132.
     """
@@ -100,9 +101,15 @@ class Demand:
     max_model_len: int = 2048
     vocoder_process: bool | None = None
     vocoder_on_card: bool = True
+    vocoder_workers: int = 1
     itemsize: int = 2
     vocoder_itemsize: int = 2
     multiprocessors: int = 132
+
+    @property
+    def needs_own_process(self) -> bool:
+        """Whether the vocoder must not be in T3's process."""
+        return self.vocoder_process is True or self.vocoder_workers > 1
 
     @property
     def estimator(self) -> QuantizationMemoryEstimator:

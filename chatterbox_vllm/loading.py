@@ -156,6 +156,7 @@ def _demand(setup: Setup) -> Demand:
         max_model_len=setup.t3["max_model_len"],
         vocoder_process=setup.vocoder_process,
         vocoder_on_card=any(device in {"cuda", "cuda:0"} for device in setup.vocoder_devices),
+        vocoder_workers=len(setup.vocoder_devices),
         itemsize=4 if setup.t3.get("dtype") == "float32" else 2,
         vocoder_itemsize=4 if setup.vocoder_dtype == torch.float32 else 2,
     )

@@ -21,7 +21,7 @@ from chatterbox_vllm.types import AT_ONCE, SAMPLE_RATE, Listening, SpeechOptions
 from chatterbox_vllm.vocoder import pace, schedule, service
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule, Playback
 from chatterbox_vllm.vocoder.source import FRAME_SAMPLES
-from chatterbox_vllm.vocoder.utterance import Chunk, plan
+from chatterbox_vllm.vocoder.utterance import BESIDE_STEPS, Chunk, plan
 from chatterbox_vllm.vocoder.wire import Speak
 from tests.vocoder_support import voice
 
@@ -88,6 +88,10 @@ class SlowT3:
         await asyncio.sleep(self.token)
 
 
+WORK = SpeechOptions.diffusion_steps + BESIDE_STEPS
+"""Of a frame."""
+
+
 @dataclass
 class SlowVocoder:
     """Says silence, one chunk at a time, in the order that a service has.
@@ -131,7 +135,7 @@ class SlowVocoder:
         finally:
             self._busy = bool(self._waiting)
             if self._waiting:
-                following = service.ordered(self._waiting, self.clock.now, self.seconds_per_frame)[0]
+                following = service.ordered(self._waiting, self.clock.now, self.seconds_per_frame / WORK)[0]
                 self._waiting.remove(following)
                 self._turns.pop(following.job).set()
 

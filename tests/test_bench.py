@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter as Tally
 from collections.abc import Awaitable, Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,6 +148,15 @@ async def cut(request: web.Request) -> web.StreamResponse:
     return response
 
 
+def at_rate(rate: str) -> Handler:
+    """A second of sound that is said to have that rate."""
+
+    async def speak(_request: web.Request) -> web.StreamResponse:
+        return web.Response(body=sound(1.0), content_type="audio/pcm", headers={"X-Sample-Rate": rate})
+
+    return speak
+
+
 async def dropped(request: web.Request) -> web.StreamResponse:
     assert request.transport is not None
     request.transport.close()
@@ -192,6 +202,7 @@ def no_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
         (status(200), "not audio but application/json"),
         (cut, "cut off"),
         (dropped, "connection lost"),
+        *((at_rate(rate), "bad sample rate") for rate in ("24000.0", "24kHz", "0", "-24000", "", "9" * 400)),
     ],
 )
 def test_failures_are_counted_by_reason_and_are_never_fast(handler: Handler, reason: str) -> None:
@@ -211,6 +222,11 @@ def test_some_fail_among_good_ones() -> None:
     assert (level["ok"], level["failed"], level["reasons"]) == (4, 2, {"cut off": 2})
     assert level["audio_seconds"] == 1.0
     assert [each["failure"] for each in level["requests"]].count(None) == 4
+
+
+def test_a_sample_rate_is_believed() -> None:
+    (level,) = bench(at_rate("48000"), "--concurrency", "1")["levels"]
+    assert (level["ok"], level["audio_seconds"]) == (6, 0.5)
 
 
 def test_a_server_that_is_not_there() -> None:
@@ -372,6 +388,33 @@ def test_options_that_do_not_fit_are_refused(argv: list[str], told: str) -> None
         serve.check(serve.parser().parse_args(argv))
 
 
+@pytest.mark.parametrize(
+    ("name", "argv", "told"),
+    [
+        ("serve", ["--json", "nowhere/x.json"], "argument --json: cannot write nowhere/x.json: no such folder; make"),
+        ("serve", ["--plot", "nowhere/x.png"], "argument --plot: cannot write nowhere/x.png: no such folder; make"),
+        ("serve", ["--json", "."], "argument --json: . is a folder; name a file"),
+        ("t3", ["--json", "nowhere/x.json"], "argument --json: cannot write nowhere/x.json: no such folder; make"),
+        ("vocoder", ["--json", "nowhere/x.json"], "argument --json: cannot write nowhere/x.json: no such folder; make"),
+        ("t3", ["--rounds", "0"], "argument --rounds: must be at least 1"),
+        ("t3", ["--requests", "4", "0"], "argument --requests: must be at least 1"),
+        ("t3", ["--tokens", "0"], "argument --tokens: must be at least 1"),
+        ("vocoder", ["--rounds", "0"], "argument --rounds: must be at least 1"),
+        ("vocoder", ["--batch-sizes", "0"], "argument --batch-sizes: must be at least 1"),
+        ("vocoder", ["--chunks", "-1"], "argument --chunks: must be at least 1"),
+        ("vocoder", ["--steps", "0"], "argument --steps: must be at least 1"),
+        ("vocoder", ["--max-frames", "0"], "argument --max-frames: must be at least 1"),
+    ],
+)
+def test_what_could_not_end_well_is_refused_before_it_runs(
+    name: str, argv: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        import_module(f"chatterbox_vllm.bench.{name}").parser().parse_args(argv)
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", [b" \n", b"\xff\xfe", None])
 def test_a_useless_text_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
@@ -411,7 +454,25 @@ def test_counters_are_differences_and_other_servers_have_none() -> None:
     assert after.since(before) == observers.ServerView(3, 25.0, 4.0, 0.5)
     assert observers.Counters.parsed("vllm_requests_total 3\n").since(before) is None
     assert observers.Counters.parsed("<html>").since(before) is None
+    assert observers.Counters.parsed('a{b="c", ="d"} 1\n').values == {}
     assert after.since(observers.Counters()) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "charset", "values"),
+    [(b"a 3\n\xff\xfe", None, {}), (b"a 3\n", None, {"a": 3}), (b"a 3\n", "base64", {"a": 3})],
+)
+def test_metrics_that_are_no_text_are_none(body: bytes, charset: str | None, values: dict[str, float]) -> None:
+    async def exposed(_request: web.Request) -> web.StreamResponse:
+        return web.Response(body=body, content_type="text/plain", charset=charset)
+
+    async def read() -> observers.Counters:
+        app = web.Application()
+        app.router.add_get("/metrics", exposed)
+        async with TestServer(app) as server, aiohttp.ClientSession() as session:
+            return await observers.Counters.read(session, str(server.make_url("")))
+
+    assert asyncio.run(read()).values == values
 
 
 def exposition(*, chunks: int, batches: int, wait: float, busy: float, refused: int) -> str:

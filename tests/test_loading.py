@@ -77,6 +77,17 @@ def test_a_weaker_strategy_has_a_plan_of_its_own(setup: Setup, monkeypatch: pyte
     assert done.budget == planned.budget
 
 
+@pytest.mark.parametrize("devices", [["cuda:0", "cuda:1"], ["cuda:1", "cuda:0"]])
+def test_under_a_budget_several_workers_have_processes_of_their_own(setup: Setup, devices: list[str]) -> None:
+    """Nor is another remedy told than one that would do."""
+    several = replace(setup, vocoder_devices=devices, policy=NONE)
+    assert settled(replace(several, budget=4 * 2**30)).host is ProcessHost
+    with pytest.raises(ConfigurationError) as caught:
+        settled(replace(several, budget=1900 * 2**20))
+    assert "\n  one vocoder_device\n" in str(caught.value)
+    assert "vocoder_process" not in str(caught.value)
+
+
 def test_where_a_weaker_strategy_does_not_fit_the_first_error_is_told(
     setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

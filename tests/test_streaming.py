@@ -24,7 +24,7 @@ from chatterbox_vllm.types import (
 from chatterbox_vllm.vocoder import service
 from chatterbox_vllm.vocoder.pace import Pace, Rest
 from chatterbox_vllm.vocoder.schedule import Playback
-from chatterbox_vllm.vocoder.utterance import Due
+from chatterbox_vllm.vocoder.utterance import Due, Listener
 from tests.streaming_support import (
     Clock,
     SlowT3,
@@ -215,6 +215,6 @@ def test_a_held_stream_begins_before_more_do(clock: Clock, monkeypatch: pytest.M
 
     soon, due = first(), Playback.due.fget
     assert due is not None
-    as_first = property(lambda playback: due(playback) if playback.has_begun else Due(clock.now))
+    as_first = property(lambda playback: due(playback) if playback.has_begun else Due(clock.now, Listener.WAITING))
     monkeypatch.setattr(Playback, "due", as_first)
     assert soon < 0.8 * first()

@@ -13,7 +13,7 @@ from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.types import Listening
 from chatterbox_vllm.vocoder.distance import log_mel, mel_distance, streaming_distance
 from chatterbox_vllm.vocoder.schedule import MARGIN, PATIENCE, ChunkSchedule, Playback, due_of_file
-from chatterbox_vllm.vocoder.utterance import Chunk, Due, Step
+from chatterbox_vllm.vocoder.utterance import Chunk, Due, Listener, Step
 from tests.vocoder_support import speech, streamed, vocoder, voice, whole
 
 SCHEDULES = [[15, 30], [1] * 70, [3, 40, 2, 1, 1, 20], [0, 69, 1], []]
@@ -181,12 +181,12 @@ def test_when_chunks_are_due(monkeypatch):
     listener = Playback()
     listener.made(0)
     listener.begin()
-    assert (listener.due, due_of_file()) == (Due(100.0), Due(100.0 + PATIENCE))
+    assert (listener.due, due_of_file()) == (Due(100.0, Listener.WAITING), Due(100.0 + PATIENCE))
     assert not listener.has_begun
     listener.made(24_000)
     listener.begin()
     assert listener.has_begun
-    assert listener.due == Due(101.0 - MARGIN, heard=True)
+    assert listener.due == Due(101.0 - MARGIN, Listener.HEARING)
     now = 100.5
     listener.made(12_000)  # in time
     listener.begin()
@@ -197,7 +197,7 @@ def test_when_chunks_are_due(monkeypatch):
     assert listener.due.at == 104.0 - MARGIN
     hurried = Playback(Listening(2.0, 0.1))
     hurried.made(24_000)
-    assert hurried.due == Due(pytest.approx(103.5 - 0.1 - MARGIN), heard=True)
+    assert hurried.due == Due(pytest.approx(103.5 - 0.1 - MARGIN), Listener.HELD)
     now = 103.3  # whose first sound is held back is due as if it were heard
     hurried.made(12_000)
     assert hurried.due.at == pytest.approx(103.75 - 0.1 - MARGIN)

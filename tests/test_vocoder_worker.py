@@ -16,9 +16,9 @@ from chatterbox_vllm.errors import CheckpointError, EngineDead, EngineError
 from chatterbox_vllm.vocoder import service, worker
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
 from chatterbox_vllm.vocoder.host import ThreadHost
-from chatterbox_vllm.vocoder.service import Service, ordered, pick
-from chatterbox_vllm.vocoder.utterance import Chunk, Due, Step, Utterance, plan
-from chatterbox_vllm.vocoder.wire import Begun, Ended, Failed, Limits, Order, Read, Ready, Speak, Spoken, Tell
+from chatterbox_vllm.vocoder.service import OVERDUE, Service, ordered, pick
+from chatterbox_vllm.vocoder.utterance import Chunk, Due, Listener, Step, Utterance, plan
+from chatterbox_vllm.vocoder.wire import Begun, Ended, Failed, Limits, Order, Read, Ready, Speak, Tell
 from chatterbox_vllm.vocoder.worker import GONE, HANGING, VocoderPool, VocoderStats
 from tests.vocoder_support import At, Here, said, speech, vocoder, voice
 
@@ -119,50 +119,88 @@ def test_batches_are_bounded(limits, sizes):
     run(scenario, **limits)
 
 
-def speak(job: int, due: float, *, count: int = 5, steps: int = 10, heard: bool = False) -> Speak:
-    return Speak(job, plan(chunk(utterance(steps), count)), Due(due, heard), came=0.0)
+def speak(
+    job: int, due: float, *, count: int = 5, steps: int = 10, listener: Listener = Listener.ABSENT, final: bool = True
+) -> Speak:
+    step = plan(chunk(utterance(steps), count, final=final))
+    return Speak(job, step, Due(due, listener), came=0.0)
+
+
+def picked(jobs: list[Speak], max_batch: int, max_frames: int, now: float = 0.0) -> list[int]:
+    return [job.job for job in pick(jobs, max_batch, max_frames, now)]
 
 
 def test_what_is_due_first_goes_first():
-    jobs = [speak(1, 30.0), speak(2, 10.0), speak(3, 20.0, heard=True), speak(4, 20.0)]
+    jobs = [speak(1, 30.0), speak(2, 10.0), speak(3, 20.0, listener=Listener.HEARING), speak(4, 15.0)]
     assert [job.job for job in ordered(jobs, 0.0, 1e-9)] == [2, 4, 3, 1]
     assert ordered([], 0.0, 1e-9) == []
 
 
 def test_who_would_fall_silent_goes_first():
     """If everything that is due before had its turn first, and not a moment sooner."""
-    jobs = [speak(1, 10.0), speak(2, 11.0), speak(3, 20.0, heard=True), speak(4, 20.5, heard=True), speak(5, 99.0)]
-    frames = jobs[0].step.flow_frames  # of each
+    listeners = [Listener.WAITING, Listener.ABSENT, Listener.HEARING, Listener.HEARING, Listener.ABSENT]
+    due = [10.0, 11.0, 20.0, 20.5, 99.0]
+    jobs = [speak(number, at, listener=who) for number, (at, who) in enumerate(zip(due, listeners, strict=True), 1)]
 
     def order(now: float, seconds: float) -> list[int]:
-        return [job.job for job in ordered(jobs, now, seconds / frames)]
+        """If each took so many seconds."""
+        return [job.job for job in ordered(jobs, now, seconds / jobs[0].step.work)]
 
     assert order(16.4, 1.0) == [1, 2, 3, 4, 5]
-    assert order(16.5, 1.0) == [4, 1, 2, 3, 5], "three need not go yet"
+    assert order(16.5, 1.0) == [3, 4, 1, 2, 5], "four would be late; three is due before it"
     assert order(17.0, 1.0) == [3, 4, 1, 2, 5]
     assert order(20.0, 0.0) == [3, 1, 2, 4, 5], "if no pace is known: what is due now"
-    assert order(199.0, 9.0) == [3, 4, 1, 2, 5], "who is not heard waits, however late"
+    assert order(199.0, 9.0) == [3, 4, 1, 2, 5], "who hears nothing waits, however late"
+
+
+def test_who_hears_something_goes_before_who_is_held():
+    """And that goes before who waits for a first chunk."""
+    late = [Listener.WAITING, Listener.HELD, Listener.HEARING, Listener.ABSENT]
+    jobs = [speak(number, float(number), listener=who) for number, who in enumerate(late)]
+    assert [job.job for job in ordered(jobs, 10.0, 1.0)] == [2, 1, 0, 3]
+
+
+def test_more_steps_are_more_work():
+    """A chunk is late after 100 steps that are due before it, and not after ten."""
+    for steps, order in ((10, [1, 2]), (100, [2, 1])):
+        jobs = [speak(1, 1.0, count=50, steps=steps), speak(2, 2.0, listener=Listener.HEARING)]
+        ten = speak(0, 0.0, count=50).step.work
+        assert [job.job for job in ordered(jobs, 0.0, 0.5 / ten)] == order
 
 
 def test_a_batch_is_what_fits_of_the_first():
     jobs = [speak(2, 10.0), speak(4, 15.0, count=50), speak(3, 20.0, steps=4), speak(1, 30.0), speak(5, 40.0)]
-    assert [job.job for job in pick(jobs, 3, 10_000)] == [2, 4, 1]
-    assert [job.job for job in pick(jobs, 9, 10_000)] == [2, 4, 1, 5], "three has other diffusion steps"
-    assert [job.job for job in pick(jobs, 9, 25)] == [2], "what is too long holds back what is due after it"
-    assert [job.job for job in pick(jobs[1:2], 9, 25)] == [4], "one goes, however long it is"
-    assert pick([], 9, 25) == []
+    assert picked(jobs, 3, 10_000) == [2, 4, 1]
+    assert picked(jobs, 9, 10_000) == [2, 4, 1, 5], "three has other diffusion steps"
+    assert picked(jobs, 9, 25) == [2], "what is too long holds back what is due after it"
+    assert picked(jobs[1:2], 9, 25) == [4], "one goes, however long it is"
+    assert picked([], 9, 25) == []
 
 
-def test_streams_run_in_small_batches_until_many_wait():
-    def streams(count: int) -> list[Speak]:
-        chunks = (chunk(count=10, final=False, due=float(number)) for number in range(count))
-        return [Speak(number, plan(each), each.due, came=0.0) for number, each in enumerate(chunks)]
+def test_nobody_is_passed_over_for_ever():
+    """For other diffusion steps: what comes later fills a batch only as long as that is not long due."""
+    jobs = [speak(1, 30.0), speak(2, 10.0, steps=4), speak(3, 10.0)]
+    assert picked(jobs, 9, 10_000, now=10.0 + OVERDUE) == [1, 3]
+    assert picked(jobs, 9, 10_000, now=10.1 + OVERDUE) == [1]
 
-    frames = streams(1)[0].step.flow_frames
-    assert len(pick(streams(4), 99, 16 * frames)) == 4, "a quarter of 16"
-    assert len(pick(streams(16), 99, 16 * frames)) == 4
-    assert len(pick(streams(24), 99, 16 * frames)) == 6, "a quarter of what waits"
-    assert len(pick(streams(99), 99, 16 * frames)) == 8, "no more than half"
+
+def test_many_steps_make_small_batches():
+    """Which take as long: room alone does not decide."""
+    for steps, size in ((10, 16), (22, 8), (46, 4), (4, 16)):
+        jobs = [speak(number, 0.0, steps=steps) for number in range(20)]
+        assert len(pick(jobs, 99, 16 * jobs[0].step.flow_frames, 0.0)) == size, steps
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["chunks", "short texts"])
+def test_streams_run_in_small_batches_until_many_wait(final):
+    def size(count: int) -> int:
+        jobs = [speak(number, float(number), listener=Listener.WAITING, final=final) for number in range(count)]
+        return len(pick(jobs, 99, 16 * jobs[0].step.flow_frames, 0.0))
+
+    assert size(4) == 4, "a quarter of 16"
+    assert size(16) == 4
+    assert size(24) == 6, "a quarter of what waits"
+    assert size(99) == 8, "no more than half"
 
 
 def test_chunks_are_spoken_as_they_are_due():
@@ -330,20 +368,20 @@ def test_what_was_done_is_counted():
 
 
 def test_how_fast_it_is_of_late(monkeypatch):
-    """Of two batches, the later one counts more, and so do frames."""
-    now, stub, told = 0.0, Stub(), []
+    """Of two batches, the later one counts more, and so does work."""
+    now, stub = 0.0, Stub()
     monkeypatch.setattr(service, "time", SimpleNamespace(monotonic=lambda: now))
-    own = Service(told.append, Limits())
-    assert own.seconds_per_frame == 0.0
+    own = Service(lambda news: None, Limits())
+    assert own.seconds_per_work == 0.0
     stub.gate.set()
-    for count, seconds in ((5, 1.0), (50, 2.0)):
-        own.put(speak(count, 0.0, count=count))
+    jobs = [speak(1, 0.0), speak(2, 0.0, count=50, steps=20)]
+    for job, seconds in zip(jobs, (1.0, 2.0), strict=True):
+        own.put(job)
         running = own._turn(stub, None)
         now += seconds
         assert own._turn(stub, running) is None
-    few, many = (news.frames for news in told if isinstance(news, Spoken))
-    assert few < many
-    assert own.seconds_per_frame == pytest.approx((0.9 * 1.0 + 2.0) / (0.9 * few + many))
+    few, much = (job.step.work for job in jobs)
+    assert own.seconds_per_work == pytest.approx((0.9 * 1.0 + 2.0) / (0.9 * few + much))
 
 
 @pytest.mark.parametrize("drain", [True, False])

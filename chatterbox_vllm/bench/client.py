@@ -6,6 +6,7 @@ While bytes come, only their number and time are noted. What they mean is worked
 
 from __future__ import annotations
 
+import re
 import struct
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ _NEVER: Final = (0, 0x7FFF0000)
 """Sizes in a wav header that say nothing: none, and from this one on."""
 _LINEAR: Final = (1, 3, 0xFFFE)
 """Wav's codes for integers, floats, and either."""
+_RATE: Final = re.compile("[1-9][0-9]{0,8}")
+"""What X-Sample-Rate may say: samples a second, and few enough to reckon with."""
 
 
 @dataclass
@@ -112,6 +115,8 @@ def _refusal(response: aiohttp.ClientResponse) -> str | None:
         return f"HTTP {response.status}"
     if not response.content_type.startswith(("audio/", "application/octet-stream")):
         return f"not audio but {response.content_type}"
+    if not _RATE.fullmatch(response.headers.get("X-Sample-Rate", str(SAMPLE_RATE))):
+        return "bad sample rate"
     return None
 
 

@@ -1,9 +1,10 @@
-"""Numbers of a command line: ``type=`` of argparse."""
+"""Numbers and files of a command line: ``type=`` of argparse."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 
 def positive(text: str) -> float:
@@ -20,3 +21,13 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def output(text: str) -> Path:
+    """A file that can be written when all is measured: its folder is there."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"cannot write {path}: no such folder; make {path.parent} first")
+    return path

@@ -49,17 +49,17 @@ class Counters:
     @classmethod
     async def read(cls, session: aiohttp.ClientSession, base: str) -> Counters:
         """Asks ``base``'s ``/metrics``."""
-        with suppress(aiohttp.ClientError, TimeoutError):
+        with suppress(aiohttp.ClientError, TimeoutError, UnicodeDecodeError):
             async with session.get(f"{base}/metrics") as response:
                 if response.status == 200:
-                    return cls.parsed(await response.text())
+                    return cls.parsed(await response.text("utf-8"))  # whatever charset it claims
         return cls()
 
     @classmethod
     def parsed(cls, text: str) -> Counters:
         """From Prometheus' text format; text that is none has no counters."""
         values: dict[str, float] = {}
-        with suppress(ValueError):
+        with suppress(ValueError, IndexError):  # the parser's, of an empty label
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
                     values[" ".join([sample.name, *sample.labels.values()])] = sample.value

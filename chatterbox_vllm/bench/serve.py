@@ -21,7 +21,7 @@ import aiohttp
 
 from chatterbox_vllm.bench import report, sentences, traffic
 from chatterbox_vllm.bench.client import Answer, Transfer, answer, transfer
-from chatterbox_vllm.bench.numbers import count, positive
+from chatterbox_vllm.bench.numbers import count, output, positive
 from chatterbox_vllm.bench.observers import Counters, Gpu, Lag
 from chatterbox_vllm.bench.report import Level
 from chatterbox_vllm.errors import ConfigurationError, EngineError
@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     )
     load.add_argument("--find-max-limit", type=count, default=1024, help="the most that are tried")
     load.add_argument("--resolution", type=count, default=1, help="of --find-max, in clients")
-    made.add_argument("--json", type=Path, help="write everything here, each request included")
-    made.add_argument("--plot", type=Path, help=f"draw it ({', '.join(report.PLOTS)}); needs matplotlib")
+    made.add_argument("--json", type=output, help="write everything here, each request included")
+    made.add_argument("--plot", type=output, help=f"draw it ({', '.join(report.PLOTS)}); needs matplotlib")
     return made
 
 

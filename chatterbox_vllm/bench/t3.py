@@ -8,12 +8,12 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from chatterbox_vllm.bench.numbers import count, output
 from chatterbox_vllm.bench.workload import TEXT_TOKENS, random_text, random_voice
 from chatterbox_vllm.checkpoint import cache_dir, resolve
 from chatterbox_vllm.quantization.policy import canonical
@@ -41,15 +41,15 @@ class Result:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="chatterbox-vllm bench t3", description=__doc__)
     made.add_argument("--model", default="demo", help="as for serve: a folder, a name, demo (default: %(default)s)")
-    made.add_argument("--requests", type=int, nargs="+", default=[1, 16, 64, 256], help="how many run at once")
-    made.add_argument("--tokens", type=int, default=250, help="tokens a request (default: %(default)s = 10 s)")
-    made.add_argument("--rounds", type=int, default=3, help="measured rounds a row, after one warm-up")
+    made.add_argument("--requests", type=count, nargs="+", default=[1, 16, 64, 256], help="how many run at once")
+    made.add_argument("--tokens", type=count, default=250, help="tokens a request (default: %(default)s = 10 s)")
+    made.add_argument("--rounds", type=count, default=3, help="measured rounds a row, after one warm-up")
     made.add_argument("--top-p", type=float, default=0.95, help="(default: %(default)s; a server's default is 1)")
     made.add_argument("--quantization", help="handed to vLLM, for instance bitsandbytes")
     made.add_argument("--max-model-len", type=int, default=1024)
     made.add_argument("--gpu-memory-utilization", type=float, default=0.8)
     made.add_argument("--engine-args", type=json.loads, default={}, help="more vLLM engine arguments, as JSON")
-    made.add_argument("--json", help="write the results here, too")
+    made.add_argument("--json", type=output, help="write the results here, too")
     return made
 
 
@@ -122,6 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     report = asyncio.run(run(arguments))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return 0

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from chatterbox_vllm.bench.numbers import count, output
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
 from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE, VoiceFeatures
@@ -106,15 +106,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="demo", help="as for serve: a folder, a name, demo (default: %(default)s)")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     made.add_argument("--dtype", choices=DTYPES, help="as vocoder_dtype of the settings (default: auto)")
-    made.add_argument("--batch-sizes", type=int, nargs="*", default=[1, 8, 32], help="whole utterances at once")
-    made.add_argument("--chunks", type=int, nargs="*", default=[1, 8, 64], help="streams' first chunks at once")
+    made.add_argument("--batch-sizes", type=count, nargs="*", default=[1, 8, 32], help="whole utterances at once")
+    made.add_argument("--chunks", type=count, nargs="*", default=[1, 8, 64], help="streams' first chunks at once")
     made.add_argument("--seconds", type=float, default=10.0, help="length of an utterance")
     made.add_argument("--reference-seconds", type=float, default=10.0, help="length of a voice's recording, at most 10")
-    made.add_argument("--steps", type=int, default=10, help="diffusion steps")
-    made.add_argument("--rounds", type=int, default=5, help="measured batches a row")
+    made.add_argument("--steps", type=count, default=10, help="diffusion steps")
+    made.add_argument("--rounds", type=count, default=5, help="measured batches a row")
     made.add_argument("--warmup", type=int, default=2, help="batches before, which compile and capture")
-    made.add_argument("--max-frames", type=int, help="mel frames at once, as for Vocoder.from_checkpoint")
-    made.add_argument("--json", type=Path, help="write the results here, too")
+    made.add_argument("--max-frames", type=count, help="mel frames at once, as for Vocoder.from_checkpoint")
+    made.add_argument("--json", type=output, help="write the results here, too")
     return made
 
 

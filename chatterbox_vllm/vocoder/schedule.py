@@ -19,7 +19,7 @@ lone stream's chunks are longer by that (``Listening``).
 
 When a chunk is spoken is another matter: a stream's first chunk is due at once, a later one shortly before its listener
 has heard all there is, and a whole file after some patience. What is due first goes first, so nothing waits for ever,
-but who is heard does not fall silent for who is not: see ``service.ordered``.
+but who hears something does not fall silent for who does not: see ``service.ordered``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Final
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.types import AT_ONCE, SAMPLE_RATE, TOKEN_RATE, Listening
 from chatterbox_vllm.vocoder.pace import HELD_TOKENS
-from chatterbox_vllm.vocoder.utterance import Due
+from chatterbox_vllm.vocoder.utterance import Due, Listener
 
 MARGIN: Final = 0.25
 """Seconds before its listener's last sample that a stream's next chunk is due: it takes time to be spoken and sent."""
@@ -121,8 +121,9 @@ class Playback:
     def due(self) -> Due:
         """When the stream's next chunk is due."""
         if self._dry is None:
-            return Due(time.monotonic())
-        return Due(self._dry - self.listening.behind - MARGIN, heard=True)
+            return Due(time.monotonic(), Listener.WAITING)
+        listener = Listener.HEARING if self.has_begun else Listener.HELD
+        return Due(self._dry - self.listening.behind - MARGIN, listener)
 
 
 def due_of_file() -> Due:

@@ -6,6 +6,7 @@ The same loop runs on a thread of the server's process and in a process of its o
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -15,9 +16,10 @@ from typing import Final
 import torch
 
 from chatterbox_vllm.errors import EngineError
+from chatterbox_vllm.types import SpeechOptions
 from chatterbox_vllm.vocoder.sounding import Sounding
 from chatterbox_vllm.vocoder.stage import Vocoder
-from chatterbox_vllm.vocoder.utterance import Said
+from chatterbox_vllm.vocoder.utterance import BESIDE_STEPS, Listener, Said
 from chatterbox_vllm.vocoder.wire import Begun, Drop, Failed, Limits, Order, Speak, Spoken, Tell
 
 logger: Final = logging.getLogger(__name__)
@@ -25,7 +27,9 @@ logger: Final = logging.getLogger(__name__)
 DEVICE_LOST: Final[tuple[type[Exception], ...]] = (torch.AcceleratorError,)
 """What a failed kernel raises. The device's context does not survive it. Want of memory is no such error."""
 FADING: Final = 0.9
-"""By what the weight of each batch in ``Service.seconds_per_frame`` shrinks with the next."""
+"""By what the weight of each batch in ``Service.seconds_per_work`` shrinks with the next."""
+OVERDUE: Final = 2.0
+"""So many seconds after it is due, no batch is filled up with what is due after a job of other diffusion steps."""
 
 
 class Service:
@@ -45,12 +49,12 @@ class Service:
         self._jobs: list[Speak] = []
         self._changed = threading.Condition()
         self._closing = False
-        self._seconds = self._frames = 0.0
+        self._seconds = self._work = 0.0
 
     @property
-    def seconds_per_frame(self) -> float:
-        """That the vocoder takes for each frame that its flow works on, by the latest batches; 0 before any."""
-        return self._seconds / max(1.0, self._frames)
+    def seconds_per_work(self) -> float:
+        """That the vocoder takes for each unit of ``Step.work``, by the latest batches; 0 before any."""
+        return self._seconds / max(1.0, self._work)
 
     def put(self, order: Order) -> None:
         """Adds a job, or takes one back; one that has begun is finished all the same."""
@@ -109,8 +113,9 @@ class Service:
                 self._changed.wait_for(lambda: len(self._jobs) >= limits.max_batch or self._closing, limits.max_wait)
             if self._closing:
                 return None
-            jobs = ordered(self._jobs, time.monotonic(), self.seconds_per_frame)
-            batch = pick(jobs, limits.max_batch, limits.max_frames or vocoder.max_frames)
+            now = time.monotonic()
+            jobs = ordered(self._jobs, now, self.seconds_per_work)
+            batch = pick(jobs, limits.max_batch, limits.max_frames or vocoder.max_frames, now)
             taken = {job.job for job in batch}
             self._jobs = [job for job in self._jobs if job.job not in taken]
         return _Batch(batch) if batch else None
@@ -130,7 +135,8 @@ class Service:
         logger.debug("spoke %d chunks in %.0f ms", len(batch.jobs), 1e3 * took)
         frames = sum(job.step.flow_frames for job in batch.jobs)
         waits = tuple(batch.began - job.came for job in batch.jobs)
-        self._seconds, self._frames = FADING * self._seconds + took, FADING * self._frames + frames
+        work = sum(job.step.work for job in batch.jobs)
+        self._seconds, self._work = FADING * self._seconds + took, FADING * self._work + work
         self._tell(Spoken(batch.numbers, said, frames, took, waits, vocoder.footprint()))
 
 
@@ -180,41 +186,58 @@ class _Batch:
         return self._sounding.arrive()
 
 
-def ordered(jobs: Iterable[Speak], now: float, seconds_per_frame: float) -> list[Speak]:
-    """What waits, in the order in which it is to go: as it is due, but what would fall silent goes first.
+def ordered(jobs: Iterable[Speak], now: float, seconds_per_work: float) -> list[Speak]:
+    """What waits, in the order in which it is to go: as it is due, but nobody falls silent for who hears nothing yet.
 
-    That is a chunk of a stream which is heard, if it were late after all that is due before it. So new streams begin at
-    once as long as all others go on; where there are too many for the device, they wait until some have ended.
+    If a chunk that somebody hears were late after all that is due before it, it goes first, and with it whatever else
+    is heard and due before it. So new streams begin at once as long as all others go on; where there are too many for
+    the device, they wait until some have ended. Streams whose first sound is held back come next, in the same way.
 
     Args:
         jobs: in any order.
         now: by the clock of ``Due``.
-        seconds_per_frame: that their flows take.
+        seconds_per_work: see ``Service``.
     """
-    urgent, others, frames = list[Speak](), list[Speak](), 0
-    for job in sorted(jobs, key=lambda job: job.due):
-        frames += job.step.flow_frames
-        is_late = now + frames * seconds_per_frame >= job.due.at
-        (urgent if job.due.heard and is_late else others).append(job)
-    return urgent + others
+    queue, work = sorted(jobs, key=lambda job: job.due.at), 0
+    hurried = {Listener.HEARING: -math.inf, Listener.HELD: -math.inf}  # until when they are due
+    for job in queue:
+        work += job.step.work
+        if job.due.listener in hurried and now + work * seconds_per_work >= job.due.at:
+            hurried[job.due.listener] = job.due.at
+
+    def place(job: Speak) -> int:
+        is_hurried = job.due.at <= hurried.get(job.due.listener, -math.inf)
+        return job.due.listener if is_hurried else len(Listener)
+
+    return sorted(queue, key=place)
 
 
-def pick(jobs: Sequence[Speak], max_batch: int, max_frames: int) -> list[Speak]:
+def pick(jobs: Sequence[Speak], max_batch: int, max_frames: int, now: float) -> list[Speak]:
     """The next batch: the first of them, all with as many diffusion steps as the very first; at least one job.
 
-    With a stream in it, a batch is a quarter as large as it may be, so that who comes next does not wait long; where
-    many wait already, up to half as large, which is faster.
+    It is no more work than ``max_frames`` with the usual steps. With a stream in it, a batch is a quarter of that, so
+    that who comes next does not wait long; where much waits already, up to half, which is faster.
+
+    Args:
+        jobs: ordered.
+        max_batch: see ``Limits``.
+        max_frames: that the vocoder has room for.
+        now: by the clock of ``Due``.
     """
     batch: list[Speak] = []
-    frames, waiting = 0, sum(job.step.flow_frames for job in jobs)
-    streamed = min(max(max_frames // 4, waiting // 4), max_frames // 2)
+    frames = work = 0
+    most, waiting = max_frames * (SpeechOptions.diffusion_steps + BESIDE_STEPS), sum(job.step.work for job in jobs)
+    streamed = min(max(most // 4, waiting // 4), most // 2)
     for job in jobs:
         if batch and job.step.utterance.diffusion_steps != batch[0].step.utterance.diffusion_steps:
+            if now - job.due.at > OVERDUE:
+                break
             continue
         frames += job.step.flow_frames
-        if job.step.is_streamed:
-            max_frames = streamed
-        if len(batch) == max_batch or (batch and frames > max_frames):
+        work += job.step.work
+        if job.due.is_streamed:
+            most = streamed
+        if len(batch) == max_batch or (batch and (frames > max_frames or work > most)):
             break
         batch.append(job)
     return batch

@@ -66,7 +66,6 @@ class VocoderStats:
 class _Job:
     speak: Speak
     answer: asyncio.Future[Said]
-    frames: int
     begun: bool = False
     moves: int = 0
 
@@ -100,9 +99,9 @@ class _Worker:
         return self.silence * TICK >= self.host.patience
 
     @property
-    def frames(self) -> int:
+    def work(self) -> int:
         """Of its jobs, those that run among them."""
-        return sum(job.frames for job in self.jobs.values())
+        return sum(job.speak.step.work for job in self.jobs.values())
 
     def taken(self, numbers: Sequence[int]) -> Iterator[_Job]:
         """Takes jobs off its list; some may have been taken back."""
@@ -231,7 +230,7 @@ class VocoderPool:
     async def _said(self, step: Step, due: Due) -> Said:
         number = next(self._numbers)
         speak = Speak(number, step, due, came=time.monotonic())
-        job = _Job(speak, asyncio.get_running_loop().create_future(), step.flow_frames)
+        job = _Job(speak, asyncio.get_running_loop().create_future())
         self._speaking.add(step.utterance)
         try:
             self._place(job)
@@ -247,7 +246,7 @@ class VocoderPool:
         """Gives a job to the worker that has least to do; to one that hangs only if all do."""
         up = [worker for worker in self._workers if worker.up]
         if up:
-            worker = min(up, key=lambda worker: (worker.hangs, worker.frames))
+            worker = min(up, key=lambda worker: (worker.hangs, worker.work))
             worker.jobs[job.speak.job] = job
             worker.host.send(job.speak)
         elif self._has_workers:
@@ -303,7 +302,7 @@ class VocoderPool:
         waiting = [job for job in self._jobs() if not job.begun]
         for job in waiting:
             self._forget(job.speak.job)
-        for job in sorted(waiting, key=lambda job: job.speak.due):
+        for job in sorted(waiting, key=lambda job: job.speak.due.at):
             self._place(job)
 
     def _spoken(self, worker: _Worker, news: Spoken) -> None:
