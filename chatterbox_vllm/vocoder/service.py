@@ -29,7 +29,7 @@ DEVICE_LOST: Final[tuple[type[Exception], ...]] = (torch.AcceleratorError,)
 FADING: Final = 0.9
 """By what the weight of each batch in ``Service.seconds_per_work`` shrinks with the next."""
 OVERDUE: Final = 2.0
-"""So many seconds after it is due, no batch is filled up with what is due after a job of other diffusion steps."""
+"""A job of other diffusion steps than a batch's is passed over until so many seconds after it is due."""
 
 
 class Service:
