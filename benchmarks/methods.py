@@ -2,11 +2,13 @@
 
     python benchmarks/methods.py --model full-demo --methods none int8 fp8 bnb-8bit bnb-4bit mixed --json methods.json
     chatterbox-vllm quantize full-demo full-awq
-    python benchmarks/methods.py --model full-awq --methods awq
+    python benchmarks/methods.py --model full-demo --methods none awq=full-awq --starts 3
 
-A method is T3's (its vocoder is not quantised), or a strategy, which is for all networks. Each runs in a process of its
-own, under the same budget, so with the same KV cache, CUDA graphs and batches. One start of each is timed: run it
-twice, and the second time nothing is compiled or converted anew.
+A method is T3's (its vocoder is not quantised), or a strategy, which is for all networks; after a ``=`` it has a
+checkpoint of its own. Each runs in a process of its own, under the same budget, so with the same KV cache, CUDA graphs
+and batches. What a start takes is timed: run it twice, and the second time nothing is compiled or converted anew.
+Between two starts of one method lies up to a fifth of its speed: with several ``--starts`` the methods take turns, and
+their medians follow, and how much of the first one's that is.
 
 Prints, in MiB: the weights of T3's linear layers, of all of T3, and of the vocoder; what torch had allocated at most in
 all processes, and reserved in the end; and what NVML says of the whole card, so let nobody else be on it. Then T3's
@@ -46,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--requests", type=int, nargs="+", default=[1, 16, 64], help="at once")
     made.add_argument("--tokens", type=int, default=250, help="of a request (default: %(default)s = 10 s)")
     made.add_argument("--rounds", type=int, default=2, help="measured, after one that is not counted")
+    made.add_argument("--starts", type=int, default=1, help="of each method, in turns (default: %(default)s)")
     made.add_argument("--vram-budget", default="20GiB", help="(default: %(default)s)")
     made.add_argument("--max-model-len", type=int, default=512)
     made.add_argument("--max-batch-size", type=int, help="(default: the most requests)")
@@ -124,14 +127,34 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['method']:>13} {weights} {memory} {speeds} {rest}"
 
 
+def medians(rows: Sequence[dict[str, Any]], requests: Sequence[int]) -> list[str]:
+    """Of T3's speeds, a line for each method, with their shares of the first one's."""
+    speeds: dict[str, list[dict[int, float]]] = {}
+    for row in rows:
+        speeds.setdefault(row["method"], []).append(row["tokens_per_second"])
+    middle = {
+        name: {count: median(each[count] for each in found) for count in requests} for name, found in speeds.items()
+    }
+    first = next(iter(middle.values()))
+    return [
+        f"{name:>13} "
+        + " ".join(f"T3 at {count}: {speed:,.0f} ({speed / first[count]:.2f})" for count, speed in found.items())
+        for name, found in middle.items()
+    ]
+
+
 def main() -> None:
     arguments = parser().parse_args()
     print(header(arguments.requests), flush=True)
     rows = []
-    for method in arguments.methods:
+    for each in arguments.starts * arguments.methods:
+        method, _, model = each.partition("=")
+        of = argparse.Namespace(**{**vars(arguments), "model": model or arguments.model})
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-            rows.append(alone.submit(measured, arguments, method).result())
+            rows.append(alone.submit(measured, of, method).result())
         print(line(rows[-1]), flush=True)
+    if arguments.starts > 1:
+        print("\n".join(medians(rows, arguments.requests)))
     if arguments.json is not None:
         options = {name: value for name, value in vars(arguments).items() if name != "json"}
         result = {"device": torch.cuda.get_device_name(), "arguments": options, "results": rows}
