@@ -400,6 +400,7 @@ def test_options_that_do_not_fit_are_refused(argv: list[str], told: str) -> None
         ("t3", ["--requests", "4", "0"], "argument --requests: must be at least 1"),
         ("t3", ["--tokens", "0"], "argument --tokens: must be at least 1"),
         ("vocoder", ["--rounds", "0"], "argument --rounds: must be at least 1"),
+        ("vocoder", ["--seconds", "0"], "argument --seconds: must be more than 0"),
         ("vocoder", ["--batch-sizes", "0"], "argument --batch-sizes: must be at least 1"),
         ("vocoder", ["--chunks", "-1"], "argument --chunks: must be at least 1"),
         ("vocoder", ["--steps", "0"], "argument --steps: must be at least 1"),

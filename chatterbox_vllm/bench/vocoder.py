@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from chatterbox_vllm.bench.numbers import count, output
+from chatterbox_vllm.bench.numbers import count, output, positive
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
 from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE, VoiceFeatures
@@ -108,8 +108,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=DTYPES, help="as vocoder_dtype of the settings (default: auto)")
     made.add_argument("--batch-sizes", type=count, nargs="*", default=[1, 8, 32], help="whole utterances at once")
     made.add_argument("--chunks", type=count, nargs="*", default=[1, 8, 64], help="streams' first chunks at once")
-    made.add_argument("--seconds", type=float, default=10.0, help="length of an utterance")
-    made.add_argument("--reference-seconds", type=float, default=10.0, help="length of a voice's recording, at most 10")
+    made.add_argument("--seconds", type=positive, default=10.0, help="length of an utterance")
+    made.add_argument(
+        "--reference-seconds", type=positive, default=10.0, help="length of a voice's recording, at most 10"
+    )
     made.add_argument("--steps", type=count, default=10, help="diffusion steps")
     made.add_argument("--rounds", type=count, default=5, help="measured batches a row")
     made.add_argument("--warmup", type=int, default=2, help="batches before, which compile and capture")
