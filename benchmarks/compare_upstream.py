@@ -25,13 +25,13 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, TypeVar
 
 import torch
 
 from chatterbox_vllm import upstream
+from chatterbox_vllm.bench.options import output
 from chatterbox_vllm.bench.pipeline import Pipeline, spoken_texts, timed_rounds
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import DERIVED_KEYS, Checkpoint, load_strict, load_tensors, resolve
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--gpu-memory-utilization", type=float, default=0.5)
     made.add_argument("--max-model-len", type=int, default=1024)
     made.add_argument("--engine-args", type=json.loads, default={}, help="more for AsyncChatterbox.start, as JSON")
-    made.add_argument("--json", type=Path)
+    made.add_argument("--json", type=output)
     return made
 
 

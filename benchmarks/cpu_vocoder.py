@@ -25,6 +25,7 @@ from unittest.mock import patch
 
 import torch
 
+from chatterbox_vllm.bench.options import output
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.demo_checkpoint import networks
 from chatterbox_vllm.demo_checkpoint.weights import draw
@@ -46,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's (default: %(default)s)")
     made.add_argument("--size", choices=networks.SIZES, default="full")
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="our vocoder_dtype")
-    made.add_argument("--json", type=Path)
+    made.add_argument("--json", type=output)
     return made
 
 
@@ -56,8 +57,8 @@ def both(size: networks.Size, *, dtype: str) -> tuple[Any, Vocoder]:
     own = {name: like for name, like in theirs.state_dict().items() if name.startswith(("flow.", "mel2wav."))}
     for name, tensor in own.items():
         tensor.copy_(draw(FILE, name, tensor, 0))
-    half = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    return theirs, Vocoder(weights.build(own, Path(FILE)), dtype=half, exact=dtype == "float32")
+    number = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+    return theirs, Vocoder(weights.build(own, Path(FILE)), dtype=number, exact=dtype == "float32")
 
 
 def upstream_reference(voice: VoiceFeatures) -> dict[str, Any]:

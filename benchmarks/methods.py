@@ -24,12 +24,12 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from chatterbox_vllm.bench.options import output
 from chatterbox_vllm.bench.pipeline import Pipeline, timed_rounds
 from chatterbox_vllm.bench.workload import random_voice
 from chatterbox_vllm.checkpoint import resolve
@@ -52,17 +52,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--vram-budget", default="20GiB", help="(default: %(default)s)")
     made.add_argument("--max-model-len", type=int, default=512)
     made.add_argument("--max-batch-size", type=int, help="(default: the most requests)")
-    made.add_argument("--json", type=Path)
+    made.add_argument("--json", type=output)
     return made
 
 
-def measured(arguments: argparse.Namespace, method: str) -> dict[str, Any]:
+def measured(arguments: argparse.Namespace, method: str, model: str) -> dict[str, Any]:
     """One row."""
-    return asyncio.run(run(arguments, method, card_bytes()))
+    return asyncio.run(run(arguments, method, model, card_bytes()))
 
 
-async def run(arguments: argparse.Namespace, method: str, before: int) -> dict[str, Any]:
-    checkpoint, most = resolve(arguments.model), max(arguments.requests)
+async def run(arguments: argparse.Namespace, method: str, model: str, before: int) -> dict[str, Any]:
+    checkpoint, most = resolve(model), max(arguments.requests)
     policy = STRATEGIES.get(method, method)
     started = time.perf_counter()
     engine = await AsyncChatterbox.start(
@@ -149,9 +149,8 @@ def main() -> None:
     rows = []
     for each in arguments.starts * arguments.methods:
         method, _, model = each.partition("=")
-        of = argparse.Namespace(**{**vars(arguments), "model": model or arguments.model})
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-            rows.append(alone.submit(measured, of, method).result())
+            rows.append(alone.submit(measured, arguments, method, model or arguments.model).result())
         print(line(rows[-1]), flush=True)
     if arguments.starts > 1:
         print("\n".join(medians(rows, arguments.requests)))

@@ -14,11 +14,11 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
 import torch
 
+from chatterbox_vllm.bench.options import output
 from chatterbox_vllm.bench.vocoder import DTYPES, Job, speak_in_chunks
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=10.0)
     made.add_argument("--reference-seconds", type=float, default=10.0)
     made.add_argument("--steps", type=int, default=10)
-    made.add_argument("--json", type=Path)
+    made.add_argument("--json", type=output)
     return made
 
 

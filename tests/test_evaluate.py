@@ -124,6 +124,13 @@ def test_a_plot_without_matplotlib_is_refused_at_once(demo: Checkpoint, monkeypa
         evaluate.main(["--model", str(demo.folder), "--method", "none", "--plot", "x.png"])
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_without_a_folder_is_refused_at_once(tmp_path: Path, option: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--method", "none", option, str(tmp_path / "nowhere" / "x.png")])
+    assert f"argument {option}: cannot write" in capsys.readouterr().err
+
+
 def test_a_plot(compare: Any, tmp_path: Path) -> None:
     compare("int8", "--plot", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000

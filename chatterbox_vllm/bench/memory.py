@@ -21,7 +21,7 @@ import aiohttp
 
 from chatterbox_vllm import budget
 from chatterbox_vllm.bench import sentences
-from chatterbox_vllm.bench.numbers import count
+from chatterbox_vllm.bench.options import count
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError

@@ -21,8 +21,8 @@ import aiohttp
 
 from chatterbox_vllm.bench import report, sentences, traffic
 from chatterbox_vllm.bench.client import Answer, Transfer, answer, transfer
-from chatterbox_vllm.bench.numbers import count, output, positive
 from chatterbox_vllm.bench.observers import Counters, Gpu, Lag
+from chatterbox_vllm.bench.options import count, output, positive
 from chatterbox_vllm.bench.report import Level
 from chatterbox_vllm.errors import ConfigurationError, EngineError
 

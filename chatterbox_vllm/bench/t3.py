@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from chatterbox_vllm.bench.numbers import count, output
+from chatterbox_vllm.bench.options import count, output
 from chatterbox_vllm.bench.workload import TEXT_TOKENS, random_text, random_voice
 from chatterbox_vllm.checkpoint import cache_dir, resolve
 from chatterbox_vllm.quantization.policy import canonical

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from chatterbox_vllm.bench.numbers import count, output, positive
+from chatterbox_vllm.bench.options import count, output, positive
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
 from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE, VoiceFeatures

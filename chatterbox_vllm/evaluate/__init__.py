@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from chatterbox_vllm.bench import sentences
+from chatterbox_vllm.bench.options import output
 from chatterbox_vllm.bench.report import check_plot
 from chatterbox_vllm.checkpoint import Checkpoint, resolve
 from chatterbox_vllm.evaluate import report
@@ -46,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=10, help="diffusion steps (default: %(default)s)")
     made.add_argument("--asr", help="a speech recogniser of transformers, for words: openai/whisper-small, a folder")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    made.add_argument("--json", type=Path, help="write all figures here, too")
-    made.add_argument("--plot", type=Path, help="draw them into this .png, .svg or .pdf; needs matplotlib")
+    made.add_argument("--json", type=output, help="write all figures here, too")
+    made.add_argument("--plot", type=output, help="draw them into this .png, .svg or .pdf; needs matplotlib")
     return made
 
 

@@ -1,4 +1,4 @@
-"""Numbers and files of a command line: ``type=`` of argparse."""
+"""What an option of a command line may be: ``type=`` of argparse."""
 
 from __future__ import annotations
 
