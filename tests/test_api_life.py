@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
+import weakref
 
 import httpx
 import pytest
@@ -66,6 +68,37 @@ def test_a_dead_engine_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(engines) == 2
         assert server.services.engine is engines[1]
     assert all(engine.dead for engine in engines)
+
+
+def test_a_collection_of_garbage_leaves_out_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it stops the server for half a second, and listeners fall silent."""
+
+    class Model:
+        """Of an engine: in a circle, so that only the collector ends it."""
+
+        def __init__(self) -> None:
+            self.self = self
+
+    models: list[weakref.ref[Model]] = []
+
+    async def start(_settings: Settings) -> FakeChatterbox:
+        engine = FakeChatterbox()
+        engine.model = Model()  # type: ignore[attr-defined]
+        models.append(weakref.ref(engine.model))  # type: ignore[attr-defined]
+        return engine
+
+    monkeypatch.setattr(app, "_engine", start)
+    try:
+        with running(None) as server, httpx.Client(base_url=server.url) as client:
+            wait_for(lambda: client.get("/ready").status_code == 200)
+            kept = gc.get_freeze_count()
+            assert kept > len(gc.get_objects())
+            server.services.engine.dead = True  # type: ignore[attr-defined]
+            wait_for(lambda: len(models) == 2 and client.get("/ready").status_code == 200)
+            assert gc.get_freeze_count() > 0.9 * kept
+            assert models[0]() is None, "an engine that is gone is garbage, though it was left out before"
+    finally:
+        gc.unfreeze()
 
 
 def test_a_server_whose_engines_keep_dying_ends(monkeypatch: pytest.MonkeyPatch) -> None:

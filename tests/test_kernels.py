@@ -22,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 INTERPRET = {"TRITON_INTERPRET": "1"}
 RUNS = {
     "the vocoder's, in the interpreter": (["tests/test_vocoder_cuda.py"], INTERPRET),
-    "T3's, in the interpreter": (["tests/test_t3_sampler.py", "tests/test_t3_attention.py"], INTERPRET),
+    "T3's, in the interpreter": (
+        [f"tests/test_t3_{name}.py" for name in ("sampler", "attention", "four_bit")],
+        INTERPRET,
+    ),
     "all, in the compiler": (["tests/test_kernels_compile.py"], {}),
 }
 TRITON = Path(sys.prefix) / "kernels"

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import torch
 
 from chatterbox_vllm.types import SAMPLE_RATE, START_SPEECH, STOP_SPEECH
 from chatterbox_vllm.vocoder.cuda.tiling import Tile, Tiling
@@ -34,8 +35,8 @@ class Compiler:
         self.card = card
         self.overlap = {"OVERLAP": card >= 90}
 
-    def check(self, kernel: Any, types: str, constants: dict[str, Any], **options: int | bool) -> None:
-        """``types`` are those of the arguments that are no constants, in Triton's words."""
+    def check(self, kernel: Any, types: str, constants: dict[str, Any], **options: int | bool) -> Any:
+        """What Triton made. ``types`` are those of the arguments that are no constants, in Triton's words."""
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
@@ -52,6 +53,7 @@ class Compiler:
         )
         made = triton.compile(source, target=GPUTarget("cuda", self.card, 32), options=options)
         assert made.metadata.shared <= 1024 * CARDS[self.card], kernel.__name__
+        return made
 
     def tiled(self, kernel: Any, types: str, constants: dict[str, Any], tile: Tile) -> None:
         pdl = {"launch_pdl": True} if self.card >= 90 else {}
@@ -79,6 +81,26 @@ def test_t3s(compiler: Compiler, t3: dict[str, Any]) -> None:
     state = "*bf16 i32 *i32 *i64 *fp32 *i32 i32 *i32 i32 *fp32 *fp32 *i64 *i32 *i32 *i64"
     ids = {"COUNT": STOP_SPEECH + 1, "SILENT": START_SPEECH, "STOP": STOP_SPEECH, "SIZE": 8192}
     compiler.check(kernels.draw, state, ids, num_warps=sampler._WARPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [2, 32, 64, 128, 256])
+def test_t3s_four_bits(rows: int, dtype: torch.dtype) -> None:
+    from chatterbox_vllm.t3 import four_bit
+    from chatterbox_vllm.t3 import four_bit_kernels as kernels
+
+    compiler, half = Compiler(four_bit.HOPPER), {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    common = {"GROUP": 128, "PLANE": 64, "MAGIC": four_bit.MAGIC[dtype][0], "ON_CARD": True}
+    for outputs, inputs in ((3072, 1024), (1024, 1024), (8192, 1024), (1024, 4096)):
+        tile = four_bit.Tile.of(rows, outputs, inputs, 132)
+        cut = {"OUTPUTS": tile.outputs, "ROWS": tile.rows, "SPLITS": tile.splits, "STAGES": tile.stages}
+        target = half if tile.splits == 1 else "*fp32"
+        types = f"{half} *i16 *i32 {target} i32 i32"
+        made = compiler.check(kernels.multiply, types, common | cut | {"INPUTS": inputs})
+        assert "wgmma" in made.asm["ptx"]
+        assert "st.shared" not in made.asm["ptx"], "the widened matrix stays in registers"
+    compiler.check(kernels.widen, f"*i16 *i32 {half} i32", common | {"INPUTS": 1024, "OUTPUTS": 64})
+    compiler.check(kernels.add, f"*fp32 {half} i32", {"SPLITS": 4, "BLOCK": 1024})
 
 
 @pytest.mark.parametrize("rows", [1280, 2048, 4096, 16384])

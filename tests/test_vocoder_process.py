@@ -157,6 +157,15 @@ def test_what_crashes_every_process_is_given_up_before_they_are(folder: Path) ->
     run(scenario, Scripted(folder=folder))
 
 
+def test_its_collector_leaves_out_what_is_loaded(folder: Path) -> None:
+    """Torch's modules alone are more than 100,000 objects; to look through them stops all streams."""
+
+    async def scenario(pool: VocoderPool, _: Any) -> float:
+        return float((await pool.submit(told(Order.TELL_KEPT)))[0])
+
+    assert run(scenario, Scripted(folder=folder)) > 100_000
+
+
 def test_a_process_that_cannot_start_again_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STARTS", 2)
 

@@ -23,6 +23,7 @@ from chatterbox_vllm.api.drain import DrainingServer
 from chatterbox_vllm.api.request_id import RequestId
 from chatterbox_vllm.api.services import Services
 from chatterbox_vllm.errors import ConfigurationError, EngineDead
+from chatterbox_vllm.garbage import keep_what_is_loaded
 from chatterbox_vllm.quantization.policy import Method
 from chatterbox_vllm.settings import Settings
 
@@ -177,6 +178,7 @@ async def _engines(services: Services) -> None:
     deaths = 0
     while deaths < _DEATHS:
         engine = await _engine(services.settings)
+        keep_what_is_loaded()
         services.engine, up = engine, time.monotonic()
         try:
             while (health := engine.health()).live:  # noqa: ASYNC110 (it is told by nobody)

@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
+from chatterbox_vllm.t3 import four_bit
 from chatterbox_vllm.t3.attention import attention_backend
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.positions import ORIGIN, unpack
@@ -147,6 +148,7 @@ class GuidedLlama(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        four_bit.offer()
         config = vllm_config.model_config.hf_config
         self.text_emb = nn.Embedding(config.text_vocabulary, config.hidden_size)
         self.speech_emb = nn.Embedding(SPEECH_VOCABULARY, config.hidden_size)

@@ -5,7 +5,7 @@
     bnb-8bit   a conversion in the cache                  NVIDIA GPUs (Marlin, Machete); weights only
     int8       a conversion in the cache                  NVIDIA GPUs (CUTLASS, Triton), CPUs (oneDNN)
     fp8        rounding while vLLM loads                  NVIDIA GPUs; weights only before compute capability 8.9
-    awq        a checkpoint of ``chatterbox-vllm quantize``   NVIDIA GPUs (Marlin, Machete), CPUs in bfloat16
+    awq        a checkpoint of ``chatterbox-vllm quantize``   NVIDIA GPUs (Marlin, ``four_bit``), CPUs in bfloat16
 
 vLLM 0.32 has no online int8 for linear layers, hence the conversions. bnb-8bit is bitsandbytes' rounding with other
 products: vLLM's plugin computes LLM.int8's by seven products a layer that wait for the host, without CUDA graphs.

@@ -21,6 +21,7 @@ from typing import Final, NoReturn
 import torch
 
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError, EngineError
+from chatterbox_vllm.garbage import keep_what_is_loaded
 from chatterbox_vllm.vocoder.service import DEVICE_LOST, Service
 from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.wire import Build, Channel, Load, Logged, Read, Ready, Refused
@@ -72,6 +73,7 @@ def served(load: Load, channel: Channel, *, ended: Callable[[], object] | None =
     except Exception as error:  # noqa: BLE001  # told to whoever waits
         channel.send(Refused(_portable(error)))
         return False
+    keep_what_is_loaded()
     try:
         channel.send(Ready(vocoder.footprint()))
         service.run(vocoder)
