@@ -27,6 +27,7 @@ from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted, linear_layers
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.footprint import T3Footprint
+from chatterbox_vllm.t3.four_bit import FourBitLinear
 from chatterbox_vllm.t3.launch import engine_arguments, launch
 from chatterbox_vllm.t3.methods import method_arguments
 from chatterbox_vllm.types import SpeechOptions
@@ -57,9 +58,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return capability
 
 
-def decoded(path: Path, target: Path) -> Path:
-    """The quantised T3 file as a plain one, of the matrices that its tensors stand for."""
+def decoded(path: Path, target: Path, scales: torch.dtype = torch.float32) -> Path:
+    """The quantised T3 file as a plain one, of the matrices that its tensors stand for, with scales of that dtype."""
     stored, tensors = Stored.of(path), load_file(path)
+    for name, tensor in tensors.items():
+        tensors[name] = tensor.to(scales) if name.endswith(".weight_scale") else tensor
     for stem, size in linear_layers(infer_config(path)).items():
         whole = stored.decode(stem, tensors)
         for name in stored.shapes(stem, *size):
@@ -112,6 +115,35 @@ def test_awq_speaks_as_its_decoded_weights(awq: Checkpoint, cache: Path, tmp_pat
     # Both round to bfloat16, one within the product and one after it, so that a near tie may fall either way.
     assert_same([tokens[:1] for tokens in ours], [tokens[:1] for tokens in theirs])
     assert sum(own == their for own, their in zip(ours, theirs, strict=True)) >= 6
+
+
+def test_awq_arranged_for_our_kernel_speaks_as_its_decoded_weights(
+    demo: Checkpoint, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM loads a checkpoint into it, with merged matrices; ``test_t3_four_bit`` has the products."""
+    quantize(demo, tmp_path / "awq", texts=["Hello there."], tokens=8, group_size=32)
+    path, asked = resolve(tmp_path / "awq").t3, requests(8, 704)
+    plain = decoded(path, tmp_path / "t3.safetensors", scales=torch.bfloat16)
+    theirs = InProcessT3(plain, cache, dtype="bfloat16").tokens(asked, GREEDY)
+    monkeypatch.setitem(linear._POSSIBLE_KERNELS, PlatformEnum.CPU, [ArrangedKernel])
+    ours = InProcessT3(path, cache, dtype="bfloat16").tokens(asked, GREEDY)
+    assert_same(ours, theirs)
+
+
+class ArrangedKernel(FourBitLinear):
+    """In the place of Triton: multiplies with what stands in its arrangement."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        words, groups, _ = self._get_weight_params(layer)
+        planes = words.to(torch.int32).unflatten(1, (-1, 1, 32)) >> torch.tensor([0, 4, 8, 12])[:, None]
+        codes = ((planes & 15) | 0x4300).to(torch.int16).view(torch.bfloat16).flatten(1)
+        scale, zero = ((each.T & 0xFFFF).to(torch.int16).view(torch.bfloat16) for each in (groups, groups >> 16))
+        weight = (codes.unflatten(1, (-1, 32)) - zero[..., None]) * scale[..., None]
+        return torch.nn.functional.linear(x, weight.flatten(1), bias)
 
 
 def test_launch_converts_once_and_measures(demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
