@@ -7,6 +7,7 @@ import gc
 import logging
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,36 @@ class Here:
         return self.said
 
 
+class Stub:
+    """A vocoder that says how many tokens it got, when it is let."""
+
+    max_frames = 10_000
+
+    def __init__(self) -> None:
+        self.batches: list[list[Step]] = []
+        self.gate = threading.Event()
+        self.fail: set[Utterance] = set()
+        self.nonsense: set[Utterance] = set()
+        self.error: Exception = torch.OutOfMemoryError("no memory")
+        self.running = threading.Event()
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        return [[len(step.tokens) for step in batch] for batch in self.batches]
+
+    def footprint(self) -> VocoderFootprint:
+        return VocoderFootprint({}, {}, peak=len(self.batches))
+
+    def launch(self, steps: Sequence[Step]) -> Here:
+        self.batches.append(list(steps))
+        self.running.set()
+        assert self.gate.wait(10)
+        if self.fail & {step.utterance for step in steps}:
+            raise self.error
+        nonsense = float("nan")
+        return Here([said(step, nonsense if step.utterance in self.nonsense else len(step.tokens)) for step in steps])
+
+
 def told(order: Order, *, due: float = 0.0) -> Chunk:
     """A chunk for a vocoder of ``Scripted``."""
     return Chunk(open_utterance(voice(5), seed=0), torch.tensor([order, 0, 0]), final=True, due=Due(due))
@@ -200,6 +231,14 @@ def voice(tokens: int = 25, *, seed: int = 0, odd_frame: bool = False) -> VoiceF
 
 def speech(count: int, *, seed: int = 0) -> Tensor:
     return torch.randint(0, SPOKEN_TOKENS, (count,), generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def utterance(steps: int = 10) -> Utterance:
+    return Utterance(voice(5), seed=0, diffusion_steps=steps)
+
+
+def chunk(of: Utterance | None = None, count: int = 5, *, final: bool = True, due: float = 0.0) -> Chunk:
+    return Chunk(of or utterance(), speech(count), final=final, due=Due(due))
 
 
 def whole(own: Vocoder, tokens: Tensor, of: VoiceFeatures, *, seed: int, steps: int = 10) -> tuple[Tensor, Tensor]:
