@@ -117,6 +117,7 @@ def test_every_step_is_cut_into_programs_that_busy_the_card() -> None:
             assert rows > tile.rows // 2 or tile.rows == TILES[-1][1], "no more rows idle than busy"
             assert inputs % (256 * tile.splits) == 0
     assert Tile.of(2, 64 * 3, 1024, 1).outputs == 64, "192 are not a multiple of 128"
+    assert Tile.of(2, 64, 3 * 1024, MULTIPROCESSORS).splits == 1, "no share would be left out"
 
 
 @pytest.mark.parametrize(

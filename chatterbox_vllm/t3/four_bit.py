@@ -34,7 +34,7 @@ BUSY: Final = 2 / 3
 """Of the multiprocessors should have a program: the largest tile that leaves no more of them idle was the fastest of an
 H200, or close to it."""
 LEAST_INPUTS: Final = 1024
-"""Of a program: a sum over fewer is not split further."""
+"""Of a sum's share; a share is a multiple of it."""
 MAGIC: Final = {torch.bfloat16: (0x4300, 128), torch.float16: (0x6400, 1024)}
 """Bits that make a number of the lowest bits of a mantissa, and its value without them."""
 _PLANE: Final = 64
@@ -66,7 +66,7 @@ class Tile(NamedTuple):
             if outputs % wide or (rows <= high // 2 and (wide, high) != TILES[-1]):
                 continue
             programs, splits = outputs // wide * cdiv(rows, high), 1
-            while programs * splits < wanted and inputs >= 2 * splits * LEAST_INPUTS:
+            while programs * splits < wanted and inputs % (2 * splits * LEAST_INPUTS) == 0:
                 splits *= 2
             chosen = cls(wide, high, splits, stages=3 if programs * splits <= multiprocessors else 2)
             if programs * splits >= wanted:
