@@ -119,9 +119,11 @@ def test_a_limit_below_one_is_refused() -> None:
 )
 def test_time_is_linear(unit: str) -> None:
     def seconds(size: int) -> float:
-        text = unit * (size // len(unit))
-        started = time.process_time()
-        split(text)
-        return time.process_time() - started
+        text, times = unit * (size // len(unit)), []
+        for _ in range(2):  # into one may fall a collection of all that other tests have left
+            started = time.process_time()
+            split(text)
+            times.append(time.process_time() - started)
+        return min(times)
 
     assert seconds(400_000) < 40 * max(seconds(40_000), 0.01)
