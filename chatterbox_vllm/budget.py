@@ -20,7 +20,7 @@ from chatterbox_vllm import costs
 from chatterbox_vllm.costs import BLOCK, MIB, Choice, Demand, Item, cache_bytes, longest_frames
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.estimate import Estimate, QuantizationMemoryEstimator
-from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Method, Policy, QuantizationStrategy
+from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy, QuantizationStrategy
 from chatterbox_vllm.t3.graph_sizes import LARGEST, graph_sizes
 from chatterbox_vllm.types import MAX_MODEL_LEN
 from chatterbox_vllm.vocoder.stage import MAX_FRAMES
@@ -107,7 +107,7 @@ def plan(budget: int, demand: Demand, policy: Policy = NONE) -> Plan:
     """
     auto = policy.strategy == QuantizationStrategy.AUTO
     estimator = demand.estimator
-    sums = [_Sum(demand, each, estimator) for each in (_possible(estimator).values() if auto else [policy])]
+    sums = [_Sum(demand, each, estimator) for each in (STRATEGIES.values() if auto else [policy])]
     for each in sums:
         if (made := each.plan(budget)) is not None:
             return made
@@ -119,13 +119,25 @@ def choose_strategy(free: int, demand: Demand) -> Policy:
 
     Args:
         free: bytes of the card that nobody uses.
-        demand: its ``max_batch_size`` counts up to 8: without a budget, T3's cache takes what there is.
+        demand: its ``max_batch_size`` counts up to 8, or as many as there is room for: without a budget, T3's cache
+            takes what there is.
 
     Raises:
-        ConfigurationError, CheckpointError: see ``plan``.
+        ConfigurationError: not even one utterance does.
+        CheckpointError: a file cannot be read.
     """
-    few = replace(demand, max_batch_size=min(demand.max_batch_size or _COUNTED, _COUNTED))
-    return plan(free, few, Policy(strategy=QuantizationStrategy.AUTO)).policy
+    batch = min(demand.max_batch_size or _COUNTED, _COUNTED)
+    while True:
+        try:
+            return plan(free, replace(demand, max_batch_size=batch), Policy(strategy=QuantizationStrategy.AUTO)).policy
+        except ConfigurationError as error:
+            if batch == 1:
+                raise ConfigurationError(
+                    f"quantization_strategy=auto goes by the {_shown(free)} of the card that are free. As a budget: "
+                    f"{error}",
+                    param="quantization_strategy",
+                ) from error
+            batch //= 2
 
 
 def compare(budget: int, demand: Demand) -> dict[str, Plan | ConfigurationError]:
@@ -286,7 +298,7 @@ def _single_remedies(budget: int, needed: _Sum, batch: int) -> Iterator[str]:
     shorter = range(SHORTEST, min(needed.demand.max_model_len, MAX_MODEL_LEN + 1), BLOCK)
     if most := bisect_right(shorter, budget, key=lambda each: takes(max_model_len=each)):
         yield f"max_model_len={shorter[most - 1]}"
-    if weakest := next((name for name, each in _possible(needed.estimator).items() if takes(each) <= budget), None):
+    if weakest := next((name for name, each in STRATEGIES.items() if takes(each) <= budget), None):
         yield f"quantization_strategy={weakest}"
     if needed.demand.vocoder_process and takes(vocoder_process=False, vocoder_workers=1) <= budget:
         yield "vocoder_process=false"
@@ -298,11 +310,8 @@ def _single_remedies(budget: int, needed: _Sum, batch: int) -> Iterator[str]:
 
 def _combined_remedy(budget: int, needed: _Sum) -> Iterator[str]:
     """The least of everything, and the longest utterance that it leaves room for."""
-    name, policy = list(_possible(needed.estimator).items())[-1]
+    name, policy = list(STRATEGIES.items())[-1]
     changes = ["max_batch_size=1", f"quantization_strategy={name}"]
-    if not policy.is_quantized:  # by a strategy, this checkpoint cannot be
-        policy = needed.policy
-        del changes[1]
 
     def takes(length: int) -> int:
         other = _Sum(replace(needed.demand, max_batch_size=1, max_model_len=length), policy, needed.estimator)
@@ -311,13 +320,6 @@ def _combined_remedy(budget: int, needed: _Sum) -> Iterator[str]:
     lengths = range(SHORTEST, min(needed.demand.max_model_len, MAX_MODEL_LEN) + 1, BLOCK)
     if most := bisect_right(lengths, budget, key=takes):
         yield ", ".join([*changes, f"max_model_len={lengths[most - 1]}"])
-
-
-def _possible(estimator: QuantizationMemoryEstimator) -> dict[str, Policy]:
-    """The strategies that the checkpoint can have: T3 of one that is quantised keeps its method."""
-    return {
-        name: each for name, each in STRATEGIES.items() if each.t3 in (Method.NONE, estimator.estimate(each).policy.t3)
-    }
 
 
 def _total(items: Sequence[Item]) -> int:

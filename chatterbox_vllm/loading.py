@@ -19,7 +19,8 @@ from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
 from chatterbox_vllm.mps import Mps
 from chatterbox_vllm.quantization.estimate import QuantizationMemoryEstimator
-from chatterbox_vllm.quantization.policy import NONE, VOCODER, Method, Policy, QuantizationStrategy
+from chatterbox_vllm.quantization.packing import Stored
+from chatterbox_vllm.quantization.policy import STRATEGIES, VOCODER, Method, Policy, QuantizationStrategy
 from chatterbox_vllm.t3.card import card_memory
 from chatterbox_vllm.t3.footprint import T3Footprint
 from chatterbox_vllm.t3.generator import T3Generator
@@ -112,33 +113,48 @@ def settled(setup: Setup, *, strict: bool = False) -> Setup:
         strict: raise where a CPU would have int8 in place of a strategy's methods.
 
     Raises:
+        CheckpointError: T3's file cannot be read.
         ConfigurationError: the device cannot have the policy, or the budget cannot hold it; says by how much.
     """
+    stored = Stored.of(setup.checkpoint.t3)
     if not setup.on_gpu:
         if setup.budget is not None:
             raise ConfigurationError("vram_budget is a GPU's; leave it out on a CPU", param="vram_budget")
         auto = setup.policy.strategy == QuantizationStrategy.AUTO
-        policy = NONE if auto else setup.policy.on_cpu(strict=strict)
-        return replace(setup, policy=policy, t3={"max_num_seqs": 32, **setup.t3})
+        if auto:
+            logger.info("quantization_strategy=auto is none: it goes by a card's memory, and this is a CPU")
+        policy = STRATEGIES["none"] if auto else setup.policy.on_cpu(strict=strict)
+        return replace(setup, policy=policy.of_file(stored), t3={"max_num_seqs": 32, **setup.t3})
+    setup = replace(setup, policy=setup.policy.of_file(stored))
     if setup.budget is not None:
-        return _planned(setup, setup.budget)
+        return _planned(setup, setup.budget, stored)
     setup = replace(setup, t3={"max_num_seqs": 256, **setup.t3})
     if setup.policy.strategy == QuantizationStrategy.AUTO:
         free = card_memory().available
         policy = choose_strategy(free, _demand(setup))
         logger.info("quantization_strategy=auto is %s: %.1f GiB are free", policy.strategy, free / 2**30)
-        return replace(setup, policy=policy)
+        return replace(setup, policy=policy.of_file(stored))
     return setup
 
 
-def _planned(setup: Setup, budget: int) -> Setup:
+def _planned(setup: Setup, budget: int, stored: Stored) -> Setup:
+    card = card_memory() if torch.cuda.is_available() else None
+    if card is not None and budget > card.total:
+        raise ConfigurationError(
+            f"vram_budget={budget / 2**30:.2f}GiB is more than the card has, {card.total / 2**30:.2f}GiB; lower it, or "
+            "leave it out",
+            param="vram_budget",
+        )
     made = plan(budget, _demand(setup), setup.policy)
     if chosen := [name for name in made.t3_arguments if name in setup.t3 and name not in _GIVEN]:
         raise ConfigurationError(f"{chosen[0]} is what vram_budget decides; leave one of them out", param=chosen[0])
     logger.info("vram_budget:\n%s", made.table())
+    if card is not None and made.total > card.available:  # a warning: it may be of an engine that is just ending
+        free, wanted = (amount / 2**30 for amount in (card.available, made.total))
+        logger.warning("of the card only %.2f GiB are free, and vram_budget takes %.2f of it", free, wanted)
     return replace(
         setup,
-        policy=made.policy,
+        policy=made.policy.of_file(stored),
         device=setup.device if made.enrolment_device == "cuda" else "cpu",
         vocoder_process=made.vocoder_process,
         max_frames=made.vocoder_max_frames,
@@ -157,7 +173,7 @@ def _demand(setup: Setup) -> Demand:
         vocoder_process=setup.vocoder_process,
         vocoder_on_card=any(device in {"cuda", "cuda:0"} for device in setup.vocoder_devices),
         vocoder_workers=len(setup.vocoder_devices),
-        itemsize=4 if setup.t3.get("dtype") == "float32" else 2,
+        itemsize=4 if setup.t3.get("dtype") in ("float32", "float") else 2,
         vocoder_itemsize=4 if setup.vocoder_dtype == torch.float32 else 2,
     )
     if not torch.cuda.is_available():

@@ -29,7 +29,8 @@ class ChatterboxQuantizationConfig(Policy):
         given = {} if strategy is None else {"quantization_strategy": spellings.Given(strategy, "strategy")}
         named = spellings.resolve(given)
         components = {**named.methods, **methods}
-        super().__init__(**components, strategy=named.strategy if components == named.methods else None)
+        keeps_name = components == named.methods or named.strategy == QuantizationStrategy.AUTO
+        super().__init__(**components, strategy=named.strategy if keeps_name else None)
 
 
 class _OfClass:

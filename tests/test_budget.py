@@ -232,6 +232,18 @@ def test_auto_without_a_budget_needs_no_room_for_a_large_batch(demand: Demand) -
     assert choose_strategy(least(eight), replace(demand, max_batch_size=None)).strategy == "none"
 
 
+def test_auto_without_a_budget_takes_what_room_there_is(demand: Demand) -> None:
+    """Eight utterances are a wish; where none fits, it speaks of what is free."""
+    demand = replace(demand, max_batch_size=8)
+    for batch in (4, 2, 1):
+        few = replace(demand, max_batch_size=batch)
+        assert choose_strategy(least(few, STRATEGIES["aggressive"]), demand).strategy == "aggressive"
+    free = least(replace(demand, max_batch_size=1), STRATEGIES["aggressive"]) - 1
+    with pytest.raises(ConfigurationError, match=r"auto goes by the \S+ of the card that are free") as told:
+        choose_strategy(free, demand)
+    assert told.value.param == "quantization_strategy"
+
+
 def test_compare_tells_what_fits_and_why_the_rest_does_not(demand: Demand) -> None:
     plans = compare(least(demand, STRATEGIES["mixed"]), demand)
     assert [isinstance(each, Plan) for each in plans.values()] == [False, False, True, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,10 +15,12 @@ from vllm.third_party import pynvml
 
 from chatterbox_vllm import loading
 from chatterbox_vllm.budget import Plan
-from chatterbox_vllm.checkpoint import Checkpoint
+from chatterbox_vllm.checkpoint import Checkpoint, resolve
+from chatterbox_vllm.convert import quantize
 from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
 from chatterbox_vllm.loading import Setup, load, settled
+from chatterbox_vllm.memory import Memory
 from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy
 from chatterbox_vllm.t3.card import card_memory
 from chatterbox_vllm.vocoder.guest import GuestHost
@@ -135,8 +138,46 @@ def test_a_cpu_has_no_budget_and_no_need_of_a_strategy(setup: Setup) -> None:
     cpu = replace(setup, on_gpu=False, device="cpu", vocoder_devices=["cpu"])
     with pytest.raises(ConfigurationError, match="vram_budget is a GPU's"):
         settled(replace(cpu, budget=2**31))
-    assert settled(replace(cpu, policy=Policy(strategy="auto"))).policy == NONE
+    assert settled(replace(cpu, policy=Policy(strategy="auto"))).policy == STRATEGIES["none"]
     assert settled(cpu).policy.t3 == "int8"
+
+
+def test_a_strategy_leaves_a_quantised_t3_as_it_is(
+    setup: Setup, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And has the other parts, with a budget, without one, and on a CPU."""
+    quantize(setup.checkpoint, tmp_path / "stored", method="int8")
+    setup = replace(setup, checkpoint=resolve(tmp_path / "stored"), t3={"max_model_len": 640, "max_num_seqs": 1})
+    for given in (setup, replace(setup, budget=2**31)):
+        for name, strategy in STRATEGIES.items():
+            policy = settled(replace(given, policy=strategy)).policy
+            assert policy == replace(strategy, t3="int8")
+            assert policy.strategy == name
+    auto = settled(replace(setup, budget=2**34, policy=Policy(strategy="auto"))).policy
+    assert auto == replace(STRATEGIES["none"], t3="int8")
+    cpu = replace(setup, on_gpu=False, device="cpu", vocoder_devices=["cpu"])
+    assert settled(replace(cpu, policy=STRATEGIES["mixed"])).policy.methods["estimator"] == "int8"
+    named = Policy(t3="bnb-4bit")
+    assert settled(replace(setup, policy=named)).policy == named, "that is refused when it is loaded"
+
+
+def test_a_budget_is_compared_with_the_card(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(loading, "card_memory", lambda: Memory(4 * 2**30, 3 * 2**30))
+    setup = replace(setup, t3={"max_model_len": 640, "max_num_seqs": 1})
+    with pytest.raises(
+        ConfigurationError, match=r"vram_budget=4.50GiB is more than the card has, 4.00GiB; lower it"
+    ) as told:
+        settled(replace(setup, budget=9 * 2**29))
+    assert told.value.param == "vram_budget"
+    assert settled(replace(setup, budget=2**31)).plan is not None
+    assert "are free" not in caplog.text
+    monkeypatch.setattr(loading, "card_memory", lambda: Memory(4 * 2**30, 2**30))
+    assert settled(replace(setup, budget=2**31)).plan is not None
+    assert "of the card only 1.00 GiB are free, and vram_budget takes" in caplog.text
 
 
 def test_auto_asks_for_free_memory_without_a_cuda_context(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:

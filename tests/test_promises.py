@@ -563,6 +563,10 @@ def test_c_names_of_the_configuration(demo: Checkpoint, monkeypatch: pytest.Monk
         named = ChatterboxQuantizationConfig(strategy=strategy)
         assert (named.strategy, named.methods) == (strategy, STRATEGIES.get(strategy, Policy()).methods)
     assert ChatterboxQuantizationConfig("mixed", t3="int8").t3 == "int8"
+    assert ChatterboxQuantizationConfig(t3="bitsandbytes").t3 == "bnb-4bit"
+    assert ChatterboxQuantizationConfig("mixed").on_cpu().weaker() == STRATEGIES["conservative"]
+    with pytest.raises(ConfigurationError, match="auto decides about every component"):
+        ChatterboxQuantizationConfig("auto", t3="int8")
     compared = QuantizationMemoryEstimator(demo).compare_strategies()
     assert QuantizationMemoryEstimator(str(demo.folder)).compare_strategies() == compared
     assert QuantizationMemoryEstimator(demo.folder, itemsize=4).compare_strategies() != compared
@@ -723,7 +727,9 @@ def test_d_the_log_says_that_bitsandbytes_is_used(
     from chatterbox_vllm.engine import AsyncChatterbox
 
     async def start(**arguments: Any) -> FakeChatterbox:
-        return FakeChatterbox()
+        engine = FakeChatterbox()
+        engine.policy = arguments["quantization"]
+        return engine
 
     monkeypatch.setattr(AsyncChatterbox, "start", start)
     told = "Using bitsandbytes quantization to reduce VRAM consumption"

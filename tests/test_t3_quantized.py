@@ -251,6 +251,19 @@ def test_what_a_method_asks_of_vllm(
     assert method_arguments(method, T3Config(), {}) == arguments
 
 
+@pytest.mark.parametrize(
+    ("method", "remedy"),
+    [
+        ("bnb4bit", r"there are none, bnb-4bit, .*compressed-tensors.* of vLLM's"),
+        ("Mixed", "it is a strategy: give it as quantization_strategy"),
+    ],
+)
+def test_a_method_that_nobody_knows_is_refused_before_anything_loads(method: str, remedy: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"quantization={method} is no method; {remedy}") as told:
+        method_arguments(method, T3Config(), {})
+    assert told.value.param == "quantization"
+
+
 @pytest.mark.parametrize("method", ["bnb-4bit", "bnb-8bit", "fp8"])
 def test_methods_that_need_a_gpu(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods.current_platform, "is_cpu", lambda: True)

@@ -193,9 +193,9 @@ async def _engines(services: Services) -> None:
 
 async def _engine(settings: Settings) -> AsyncChatterbox:
     engine = await asyncio.to_thread(import_module, "chatterbox_vllm.engine")  # imports torch and vLLM: seconds
-    if settings.policy.t3 == Method.BNB_4BIT:
-        logger.info("Using bitsandbytes quantization to reduce VRAM consumption")
     started: AsyncChatterbox = await engine.AsyncChatterbox.start(**engine_arguments(settings))
+    if started.policy.t3 == Method.BNB_4BIT:
+        logger.info("Using bitsandbytes quantization to reduce VRAM consumption")
     logger.info("ready to speak")
     return started
 

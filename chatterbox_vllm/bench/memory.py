@@ -215,16 +215,24 @@ def _expected(arguments: argparse.Namespace, config: Mapping[str, Any], memory: 
     if arguments.model is None:
         return {}
     on_cpu = not any(process["allocated"] for process in memory["processes"])
-    estimator = estimate.QuantizationMemoryEstimator(
-        _checkpoint(arguments), itemsize=4 if on_cpu else 2, vocoder_itemsize=4 if on_cpu else 2
-    )
     methods = {name: part["method"] for name, part in config["components"].items() if name in COMPONENTS}
+    given = config["settings"]
+    estimator = estimate.QuantizationMemoryEstimator(
+        _checkpoint(arguments),
+        itemsize=_itemsize(given["dtype"], in_full=on_cpu and methods["t3"] != Method.AWQ),
+        vocoder_itemsize=_itemsize(given["vocoder_dtype"], in_full=on_cpu),
+    )
     estimated = estimator.estimate(Policy(**methods))
     workers = sum("vocoder" in process["name"] for process in memory["processes"])
     found = {name: sum(estimated[part].after for part in parts) for name, parts in _MEASURED.items()}
     if on_cpu:  # where nothing is computed beforehand
         found["estimator"] += estimated["estimator_time"].after
     return {name: size * (1 if name.startswith("t3") else workers) for name, size in found.items()}
+
+
+def _itemsize(dtype: str | None, *, in_full: bool) -> int:
+    """Bytes of a number; ``in_full`` is what a server does that is not told a dtype."""
+    return 4 if dtype in ("float32", "float") or (in_full and dtype in (None, "auto")) else 2
 
 
 def _over_budget(memory: Mapping[str, Any]) -> list[str]:

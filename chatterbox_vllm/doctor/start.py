@@ -65,7 +65,8 @@ def _quantisation(settings: Settings, on_cpu: bool) -> Iterator[Finding]:
         return
     while True:
         try:
-            _check(policy.on_cpu(strict=settings.strict_quantization) if on_cpu else policy, stored, on_cpu)
+            suited = policy.on_cpu(strict=settings.strict_quantization) if on_cpu else policy
+            _check(suited if stored is None else suited.of_file(stored), stored, on_cpu)
         except (ConfigurationError, MissingDependency) as problem:
             remedy = problem.command if isinstance(problem, MissingDependency) else correct(problem.param)
             weaker = policy.weaker()

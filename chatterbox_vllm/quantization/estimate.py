@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
 from types import MappingProxyType
@@ -233,7 +233,7 @@ class QuantizationMemoryEstimator:
     def estimate(self, policy: Policy) -> Estimate:
         """What the engine will keep under ``policy``."""
         if self._stored.method != Method.NONE:
-            policy = replace(policy, t3=self._stored.method)
+            policy = Policy(**policy.methods | {"t3": self._stored.method}, strategy=policy.strategy)
         methods = policy.methods
         return Estimate(policy, tuple(self._part(name, methods.get(name, Method.NONE)) for name in COMPONENTS))
 

@@ -17,7 +17,7 @@ import json
 import logging
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
@@ -76,12 +76,30 @@ _VLLM_NAMES: Final[Mapping[str, str]] = MappingProxyType({"bitsandbytes": Method
 """What vLLM, and our users of it, call what has another name here."""
 
 
+def canonical(value: Any, origin: str = "quantization") -> str:
+    """Our name of a method, in whichever case: ``bitsandbytes`` is bnb-4bit, None is none.
+
+    What vLLM alone knows stays as it is.
+
+    Raises:
+        ConfigurationError: the value is no text.
+    """
+    if value is None:
+        return str(Method.NONE)
+    if not isinstance(value, str):
+        raise ConfigurationError(
+            f"{origin} must be one of {', '.join(Method)}, or another method of vLLM's, not {value!r}", param=origin
+        )
+    lower = value.lower()
+    return str(_VLLM_NAMES.get(lower, lower if lower in frozenset(Method) else value))
+
+
 @dataclass(frozen=True)
 class Policy:
     """A method for each component.
 
     Args:
-        t3: a ``Method``, or the name of any other method of vLLM's, which is passed on.
+        t3: a ``Method``, or the name of any other method of vLLM's, which is passed on; as ``canonical`` knows them.
         flow_encoder, estimator, voice_encoder: a ``Method`` that suits linear layers.
         strategy: the name it came by, if it did.
 
@@ -96,6 +114,8 @@ class Policy:
     strategy: str | None = None
 
     def __post_init__(self) -> None:
+        for name in COMPONENTS:
+            object.__setattr__(self, name, canonical(getattr(self, name), name))
         for name in COMPONENTS[1:]:
             if getattr(self, name) not in LINEAR:
                 allowed = ", ".join(sorted(LINEAR))
@@ -120,7 +140,16 @@ class Policy:
         used = {method for method in self.methods.values() if method != Method.NONE}
         return used.pop() if len(used) == 1 else "mixed" if used else str(Method.NONE)
 
-    def on_cpu(self, *, strict: bool = False) -> Self:
+    def of_file(self, stored: Stored) -> Policy:
+        """For a checkpoint whose T3 may be quantised: a strategy leaves that as it is, and has the other parts."""
+        if stored.method == Method.NONE or self.strategy in (None, QuantizationStrategy.AUTO):
+            return self
+        return self._but(t3=stored.method)
+
+    def _but(self, **methods: str) -> Policy:
+        return Policy(**self.methods | methods, strategy=self.strategy)
+
+    def on_cpu(self, *, strict: bool = False) -> Policy:
         """What of it a CPU can do: a strategy's 8-bit parts become int8, its 4-bit parts, too.
 
         Raises:
@@ -135,7 +164,7 @@ class Policy:
                 f"{method} ({name}) needs an NVIDIA GPU; on a CPU leave it out, or use int8", param="quantization"
             )
         logger.warning("the strategy %s needs an NVIDIA GPU; on this CPU its parts are int8", self.strategy)
-        return replace(self, **dict.fromkeys(gpu_only, str(Method.INT8)))
+        return self._but(**dict.fromkeys(gpu_only, str(Method.INT8)))
 
     def weaker(self) -> Policy | None:
         """The strategy to try when this one failed: the next that quantises less; None after the last."""
@@ -225,21 +254,3 @@ def without_gpu(method: str, *, stored: bool) -> ConfigurationError:
     return ConfigurationError(
         f"quantization={method} needs an NVIDIA GPU; on a CPU leave it out, or use int8", param="quantization"
     )
-
-
-def canonical(value: Any, origin: str = "quantization") -> str:
-    """Our name of a method, in whichever case: ``bitsandbytes`` is bnb-4bit, None is none.
-
-    What vLLM alone knows stays as it is.
-
-    Raises:
-        ConfigurationError: the value is no text.
-    """
-    if value is None:
-        return str(Method.NONE)
-    if not isinstance(value, str):
-        raise ConfigurationError(
-            f"{origin} must be one of {', '.join(Method)}, or another method of vLLM's, not {value!r}", param=origin
-        )
-    lower = value.lower()
-    return str(_VLLM_NAMES.get(lower, lower if lower in frozenset(Method) else value))

@@ -17,10 +17,12 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Final
 
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
 
 from chatterbox_vllm.errors import ConfigurationError, MissingDependency
-from chatterbox_vllm.quantization.policy import Method, without_gpu
+from chatterbox_vllm.quantization.policy import Method, QuantizationStrategy, without_gpu
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.upstream import PIP
 
@@ -56,6 +58,16 @@ def method_arguments(method: str, config: T3Config, given: Mapping[str, Any]) ->
             return _fp8()
         case Method.AWQ:
             return _awq(config, _parallel(given), given.get("dtype", "auto"))
+    return _of_vllm(method)
+
+
+def _of_vllm(method: str) -> dict[str, Any]:
+    load_general_plugins()  # some bring a method
+    if method not in QUANTIZATION_METHODS:
+        remedy = f"there are {', '.join(Method)}, and {', '.join(QUANTIZATION_METHODS)} of vLLM's"
+        if method.lower() in frozenset(QuantizationStrategy):
+            remedy = "it is a strategy: give it as quantization_strategy"
+        raise ConfigurationError(f"quantization={method} is no method; {remedy}", param="quantization")
     return {"quantization": method}
 
 
