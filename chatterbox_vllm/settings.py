@@ -41,7 +41,7 @@ from pydantic.fields import FieldInfo
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import STRATEGIES, Policy, QuantizationStrategy
-from chatterbox_vllm.quantization.spellings import FIELDS, SPELLINGS, Given, claims
+from chatterbox_vllm.quantization.spellings import FIELDS, SPELLINGS, SWITCHES, Given, claims, method_of_t3
 from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_MODEL_LEN, MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
 
 logger = logging.getLogger(__name__)
@@ -85,9 +85,6 @@ PRESETS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 split text sooner. Budget and quantisation apply where there is an NVIDIA GPU."""
 
 
-_SWITCHES: Final = frozenset(
-    {"use_quantization", "quantize_s3gen", "quantize_voice_encoder", "use_bnb_quantization", "use_int8_quantization"}
-)
 _METHOD_OF: Final = frozenset({"use_quantization", "quantize_s3gen", "quantize_voice_encoder"})
 """The switches to which ``quantization_method`` belongs."""
 _CHUNK_SIZES: Final = ("first_chunk_tokens", "largest_chunk_tokens")
@@ -294,7 +291,11 @@ def load(
     given = _merged(layers)
     given = _preset(given) | given
     layers.insert(0, _preset(given))
-    return _build(_merged([_one_spelling(layer, given) for layer in layers]))
+    spelt = [_spellings(layer, given) for layer in layers]
+    chosen: dict[str, _Value] = {}
+    for layer, spellings in zip(layers, spelt, strict=True):
+        chosen |= _one_spelling(layer, spellings, _elsewhere(chosen, spelt))
+    return _build(chosen)
 
 
 def variables(name: str) -> tuple[str, ...]:
@@ -440,16 +441,16 @@ def _warn_of_unknown(source: Iterable[str], place: str) -> None:
             logger.warning("%s%s has no effect in a file; set it in the environment", place, key)
 
 
-def _one_spelling(layer: _Layer, everywhere: _Layer) -> _Layer:
-    """``layer`` with all that it says of quantisation said component by component, so that the next can overrule it.
+def _spellings(layer: _Layer, everywhere: _Layer) -> dict[str, Given]:
+    """What ``layer`` says of quantisation, with the method that belongs to it.
 
     Args:
         everywhere: all layers' values: a method and the switch that it belongs to may come from different ones.
     """
     given = {name: Given(*layer[name]) for name in SPELLINGS if name in layer}
-    for name in _SWITCHES & given.keys():
+    for name in SWITCHES & given.keys():
         if (truth := _truth(given[name].value)) is None:
-            return layer  # it will be complained of
+            return {}  # it will be complained of
         given[name] = given[name]._replace(value=truth)
     method = everywhere.get("quantization_method")
     if not _needs_method(given):
@@ -460,14 +461,30 @@ def _one_spelling(layer: _Layer, everywhere: _Layer) -> _Layer:
             given["use_quantization"] = Given(True, given["quantization_method"].origin)
     elif method is not None:
         given["quantization_method"] = Given(*method)
-    elif "use_quantization" not in given and "quantization" in everywhere:
-        given["quantization"] = Given(*everywhere["quantization"])  # the vocoder's method is T3's, where it can be
-    methods, strategy = claims(given)
+    return given
+
+
+def _one_spelling(layer: _Layer, given: Mapping[str, Given], elsewhere: Mapping[str, str]) -> _Layer:
+    """``layer`` with all that it says of quantisation said component by component, so that the next can overrule it."""
+    methods, strategy = claims(given, elsewhere)
     named = next((given[name].origin for name in SPELLINGS if name in given), "")
     said = {FIELDS[component]: _Value(value, named) for component, value in methods.items()}
     if strategy == QuantizationStrategy.AUTO:
         said = {field: _Value(None, named) for field in FIELDS.values()} | said
     return {**layer, **said}
+
+
+def _elsewhere(below: _Layer, spelt: Iterable[Mapping[str, Given]]) -> dict[str, str]:
+    """What a switch for a part finds said in other places: the parts' methods in those below, T3's in all of them."""
+    methods = {component: below[field].value for component, field in FIELDS.items() if field in below}
+    methods["t3"] = None
+    for given in spelt:
+        methods["t3"] = method_of_t3(given) or (None if _is_auto(given) else methods["t3"])
+    return {component: method for component, method in methods.items() if isinstance(method, str)}
+
+
+def _is_auto(layer: Mapping[str, Given | _Value]) -> bool:
+    return "quantization_strategy" in layer and layer["quantization_strategy"].value == QuantizationStrategy.AUTO
 
 
 def _needs_method(layer: Mapping[str, Given | _Value]) -> bool:

@@ -130,9 +130,68 @@ def test_a_higher_source_decides_about_quantisation() -> None:
     assert loaded({"quantization_strategy": "auto"}, {"CHATTERBOX_QUANTIZATION": "fp8"}).policy.strategy == "auto"
 
 
+@pytest.mark.parametrize(
+    ("said", "methods", "strategy"),
+    [
+        ({"use_int8_quantization": "true"}, "int8 int8 int8 none", None),
+        ({"use_bnb_quantization": "true"}, "bnb-8bit bnb-8bit bnb-8bit none", None),
+        ({"quantization_strategy": "conservative"}, "int8 int8 int8 none", "conservative"),
+        ({"quantization_strategy": "mixed"}, "bnb-4bit bnb-8bit bnb-8bit none", "mixed"),
+        ({"preset": "low-vram"}, "bnb-4bit bnb-8bit bnb-8bit none", "mixed"),
+        ({"preset": "low-vram", "quantization": "awq"}, "awq bnb-8bit bnb-8bit none", None),
+        ({"preset": "low-vram", "use_int8_quantization": "true"}, "int8 int8 int8 none", None),
+        ({"preset": "low-vram", "quantize_s3gen": "false"}, "bnb-4bit bnb-4bit bnb-4bit none", None),
+        ({"quantization": "int8", "estimator_quantization": "bnb-8bit"}, "int8 int8 bnb-8bit none", None),
+        ({"quantization": "fp8"}, "fp8 bnb-4bit bnb-4bit none", None),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_a_switch_for_a_part_goes_by_what_another_source_says(
+    said: dict[str, str], methods: str, strategy: str | None
+) -> None:
+    environment = {f"CHATTERBOX_{name.upper()}": value for name, value in said.items()}
+    policy = loaded({"quantize_s3gen": True}, environment).policy
+    assert (" ".join(policy.methods.values()), policy.strategy) == (methods, strategy)
+    assert loaded(environment={"CHATTERBOX_QUANTIZE_S3GEN": "true"}, deployment=said).policy == policy
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "methods"),
+    [
+        ({"quantize_voice_encoder": True}, {"QUANTIZATION_STRATEGY": "conservative"}, "int8 int8 int8 int8"),
+        ({"quantization": "int8", "quantize_s3gen": True}, {"PRESET": "low-vram"}, "int8 int8 int8 none"),
+        ({"use_bnb_quantization": True}, {"QUANTIZE_S3GEN": "true"}, "bnb-8bit bnb-8bit bnb-8bit none"),
+        (
+            {"quantization": "bnb-8bit"},
+            {"USE_BNB_QUANTIZATION": "true", "QUANTIZE_S3GEN": "true"},
+            "bnb-8bit bnb-8bit bnb-8bit none",
+        ),
+        (
+            {"quantization": "bnb-4bit"},
+            {"USE_BNB_QUANTIZATION": "true", "QUANTIZE_S3GEN": "true"},
+            "bnb-4bit bnb-4bit bnb-4bit none",
+        ),
+        ({"quantization_strategy": "none"}, {"QUANTIZE_S3GEN": "true"}, "none none none none"),
+        (
+            {"quantization": "none"},
+            {"USE_INT8_QUANTIZATION": "1", "QUANTIZE_VOICE_ENCODER": "1"},
+            "none int8 int8 int8",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_a_part_has_t3_s_method_whichever_source_names_it(
+    flags: dict[str, Any], environment: dict[str, str], methods: str
+) -> None:
+    policy = loaded(flags, {f"CHATTERBOX_{name}": value for name, value in environment.items()}).policy
+    assert " ".join(policy.methods.values()) == methods
+
+
 @pytest.mark.parametrize("flags", [{"quantization": "int8"}, {"use_quantization": False}, {"quantize_s3gen": True}])
 def test_what_is_said_over_auto_counts(flags: dict[str, Any]) -> None:
-    assert loaded(flags, {"CHATTERBOX_QUANTIZATION_STRATEGY": "auto"}).policy == loaded(flags).policy
+    auto = {"CHATTERBOX_QUANTIZATION_STRATEGY": "auto"}
+    assert loaded(flags, auto).policy == loaded(flags, auto, deployment={"quantization": "fp8"}).policy
+    assert loaded(flags, auto).policy == loaded(flags).policy
 
 
 @pytest.mark.parametrize(

@@ -44,10 +44,15 @@ SPELLINGS: Final = (
     "voice_encoder_quantization",
 )
 """Names of settings and of keyword arguments."""
+SWITCHES: Final = frozenset(
+    {"use_quantization", "quantize_s3gen", "quantize_voice_encoder", "use_bnb_quantization", "use_int8_quantization"}
+)
+"""Those that are true or false."""
 FIELDS: Final[Mapping[str, str]] = MappingProxyType(
     {"t3": "quantization", **{name: f"{name}_quantization" for name in COMPONENTS[1:]}}
 )
 """The spelling that means one component and nothing else."""
+_LINEAR_ONES: Final = LINEAR - {Method.NONE}
 _Claim = tuple[Given, Mapping[str, str], str | None]
 
 
@@ -57,7 +62,9 @@ def resolve(given: Mapping[str, Given]) -> Policy:
     return Policy(**components, strategy=strategy)
 
 
-def claims(given: Mapping[str, Given]) -> tuple[dict[str, str], str | None]:
+def claims(
+    given: Mapping[str, Given], elsewhere: Mapping[str, str] = MappingProxyType({})
+) -> tuple[dict[str, str], str | None]:
     """What all spellings together say: component to method, and the strategy's name.
 
         quantization                              T3: a method, "bitsandbytes" (bnb-4bit), "none" or None
@@ -74,13 +81,15 @@ def claims(given: Mapping[str, Given]) -> tuple[dict[str, str], str | None]:
 
     Args:
         given: spelling to value; those that were left open are absent.
+        elsewhere: component to method, as other places have it: a switch for a part goes by T3's method there, and
+            leaves what is quantised there, unless T3's method is given beside it.
 
     Raises:
         ConfigurationError: a value is unknown, or two spellings disagree; names both.
     """
     said: dict[str, tuple[str, Given]] = {}
     strategy: str | None = None
-    for origin, methods, name in _claims(given):
+    for origin, methods, name in _claims(given, elsewhere):
         strategy = name or strategy
         for component, method in methods.items():
             before, first = said.setdefault(component, (method, origin))
@@ -94,10 +103,22 @@ def claims(given: Mapping[str, Given]) -> tuple[dict[str, str], str | None]:
     return {component: method for component, (method, _) in said.items()}, strategy
 
 
-def _claims(given: Mapping[str, Given]) -> Iterator[_Claim]:
+def method_of_t3(given: Mapping[str, Given]) -> str | None:
+    """T3's method, by whichever spelling; None if none speaks of T3."""
+    return next(_methods_of_t3(given), None)
+
+
+def _claims(given: Mapping[str, Given], elsewhere: Mapping[str, str]) -> Iterator[_Claim]:
     """Each spelling that says something, and what it says."""
-    for of in (_of_one, _of_t3, _of_parts, _of_everything):
-        yield from of(given)
+    yield from _of_one(given)
+    yield from _of_t3(given)
+    yield from _of_parts(given, elsewhere)
+    yield from _of_everything(given)
+
+
+def _methods_of_t3(given: Mapping[str, Given]) -> Iterator[str]:
+    for of in (_of_one, _of_t3, _of_everything):
+        yield from (methods["t3"] for _, methods, _ in of(given) if "t3" in methods)
 
 
 def _of_one(given: Mapping[str, Given]) -> Iterator[_Claim]:
@@ -123,7 +144,7 @@ def _of_t3(given: Mapping[str, Given]) -> Iterator[_Claim]:
         yield bnb, {"t3": str(Method.BNB_8BIT if bnb.value else Method.NONE)}, None
 
 
-def _of_parts(given: Mapping[str, Given]) -> Iterator[_Claim]:
+def _of_parts(given: Mapping[str, Given], elsewhere: Mapping[str, str]) -> Iterator[_Claim]:
     done = {
         component
         for _, methods, _ in _of_everything(given)
@@ -132,7 +153,7 @@ def _of_parts(given: Mapping[str, Given]) -> Iterator[_Claim]:
     }
     for name, components in _parts(given).items():
         left = [component for component in components if component not in done]
-        yield given[name], dict.fromkeys(left, _beside_t3(given)), None
+        yield given[name], {component: _beside_t3(component, given, elsewhere) for component in left}, None
     for name, components in _parts(given, on=False).items():
         yield given[name], dict.fromkeys(components, str(Method.NONE)), None
 
@@ -143,10 +164,11 @@ def _parts(given: Mapping[str, Given], *, on: bool = True) -> dict[str, tuple[st
     return {name: components for name, components in known.items() if name in given and bool(given[name].value) is on}
 
 
-def _beside_t3(given: Mapping[str, Given]) -> str:
-    """The other parts' method: T3's, by whichever spelling, if linear layers can have it, else bnb-4bit."""
-    said = (methods.get("t3") for of in (_of_one, _of_t3, _of_everything) for _, methods, _ in of(given))
-    return next((method for method in said if method in LINEAR - {Method.NONE}), str(Method.BNB_4BIT))
+def _beside_t3(component: str, given: Mapping[str, Given], elsewhere: Mapping[str, str]) -> str:
+    """A part's method, if linear layers can have it: T3's, or what the part has by another place; else bnb-4bit."""
+    said, of_all = [method for method in _methods_of_t3(given) if method in _LINEAR_ONES], elsewhere.get("t3")
+    known = [of_all, *said] if said else [elsewhere.get(component), of_all]
+    return next((method for method in known if method in _LINEAR_ONES), str(Method.BNB_4BIT))
 
 
 def _of_everything(given: Mapping[str, Given]) -> Iterator[_Claim]:
