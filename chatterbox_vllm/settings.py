@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import MappingProxyType
@@ -40,7 +40,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.quantization.policy import STRATEGIES, Policy, QuantizationStrategy
+from chatterbox_vllm.quantization.policy import STRATEGIES, Method, Policy, QuantizationStrategy
 from chatterbox_vllm.quantization.spellings import FIELDS, SPELLINGS, SWITCHES, Given, claims, method_of_t3
 from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_MODEL_LEN, MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
 
@@ -295,6 +295,7 @@ def load(
     chosen: dict[str, _Value] = {}
     for layer, spellings in zip(layers, spelt, strict=True):
         chosen |= _one_spelling(layer, spellings, _elsewhere(chosen, spelt))
+    _check_auto(chosen, spelt)
     return _build(chosen)
 
 
@@ -481,6 +482,17 @@ def _elsewhere(below: _Layer, spelt: Iterable[Mapping[str, Given]]) -> dict[str,
     for given in spelt:
         methods["t3"] = method_of_t3(given) or (None if _is_auto(given) else methods["t3"])
     return {component: method for component, method in methods.items() if isinstance(method, str)}
+
+
+def _check_auto(chosen: _Layer, spelt: Sequence[Mapping[str, Given]]) -> None:
+    """Refuses what would overrule ``auto`` by sparing some parts: nothing would be quantised, and nobody said so."""
+    methods = {chosen[field].value for field in FIELDS.values() if field in chosen}
+    if _is_auto(chosen) and methods == {None, str(Method.NONE)}:
+        auto = Given(*chosen["quantization_strategy"])
+        for given in reversed(spelt):
+            if _is_auto(given):
+                break  # what is said below it is overruled
+            claims({**given, "quantization_strategy": auto})
 
 
 def _is_auto(layer: Mapping[str, Given | _Value]) -> bool:

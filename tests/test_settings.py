@@ -195,6 +195,25 @@ def test_what_is_said_over_auto_counts(flags: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"quantize_s3gen": False}, "--quantize-s3gen=false"),
+        ({"voice_encoder_quantization": "none", "use_int8_quantization": False}, "--voice-encoder-quantization=none"),
+        ({"use_bnb_quantization": "false"}, "--use-bnb-quantization=false"),
+        ({"quantization": "none"}, "--quantization=none"),
+    ],
+)
+def test_sparing_a_part_does_not_switch_auto_off(flags: dict[str, Any], told: str) -> None:
+    expected = f"^{told} and CHATTERBOX_QUANTIZATION_STRATEGY=auto disagree: auto decides about everything; keep one$"
+    with pytest.raises(ConfigurationError, match=expected):
+        loaded(flags, {"CHATTERBOX_QUANTIZATION_STRATEGY": "auto"}, deployment={"estimator_quantization": "int8"})
+    below = loaded(deployment=flags, environment={"CHATTERBOX_QUANTIZATION_STRATEGY": "auto"}).policy
+    assert below.strategy == "auto"
+    auto = {"CHATTERBOX_QUANTIZATION_STRATEGY": "auto"}
+    assert loaded(flags | {"quantization_strategy": "none"}, auto).policy == STRATEGIES["none"]
+
+
+@pytest.mark.parametrize(
     ("environment", "told"),
     [
         ({"CHATTERBOX_PORT": "99999"}, "CHATTERBOX_PORT=99999: must be an integer from 0 to 65535"),
