@@ -10,7 +10,7 @@ import torch
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import NONE, Policy
-from chatterbox_vllm.quantization.spellings import SPELLINGS, Given, resolve
+from chatterbox_vllm.quantization.spellings import SPELLINGS, SWITCHES, Given, resolve
 from chatterbox_vllm.vocoder.blueprint import best_dtype
 
 DTYPES: Final[Mapping[str, torch.dtype | None]] = MappingProxyType(
@@ -31,10 +31,13 @@ def policy_of(quantization: Policy | str | None, engine_args: dict[str, Any]) ->
     """The policy that ``quantization`` and other spellings name; the latter are taken out of ``engine_args``.
 
     Raises:
-        ConfigurationError: one is unknown, or two disagree.
+        ConfigurationError: one is unknown, a switch is neither True nor False, or two disagree.
     """
     given: dict[str, Given] = {name: Given(engine_args.pop(name), name) for name in SPELLINGS if name in engine_args}
     given = {name: each for name, each in given.items() if each.value is not None}
+    for name, each in given.items():
+        if name in SWITCHES and not isinstance(each.value, bool):  # "false" is true to Python
+            raise ConfigurationError(f"{name} must be True, False or None, not {each.value!r}", param=name)
     if isinstance(quantization, Policy):
         if given:
             both = f"quantization is a whole policy, and {next(iter(given))} is given, too"

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from chatterbox_vllm.arguments import policy_of
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import COMPONENTS, KEPT, STRATEGIES, Policy
-from chatterbox_vllm.quantization.spellings import Given, resolve
+from chatterbox_vllm.quantization.spellings import SWITCHES, Given, resolve
 
 
 def resolved(**spellings: Any) -> Policy:
@@ -117,6 +118,23 @@ def test_contradictions_and_nonsense_are_named(spellings: dict[str, Any], told: 
     with pytest.raises(ConfigurationError) as caught:
         resolved(**spellings)
     assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("name", sorted(SWITCHES))
+@pytest.mark.parametrize("value", ["false", "true", 0, 1])
+def test_a_switch_in_python_is_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{name} must be True, False or None, not {value!r}$") as caught:
+        policy_of(None, {name: value})
+    assert caught.value.param == name
+    assert policy_of(None, {name: False}) == policy_of(None, {name: None}) == Policy()
+    assert policy_of(None, {name: True}).is_quantized
+
+
+@pytest.mark.parametrize("value", [5, {"t3": "int8"}, b"mine.toml"])
+def test_a_profile_is_a_path(value: Any) -> None:
+    with pytest.raises(ConfigurationError, match="quantization_profile must be the path of a TOML or JSON") as caught:
+        policy_of(None, {"quantization_profile": value})
+    assert caught.value.param == "quantization_profile"
 
 
 def test_a_profile_is_a_file(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ This module imports neither torch nor vLLM.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -178,7 +180,11 @@ def _of_everything(given: Mapping[str, Given]) -> Iterator[_Claim]:
         methods, name = _of_strategy(strategy)
         yield strategy, _but_switched_on(methods, given), name
     if (profile := given.get("quantization_profile")) is not None and profile.value is not None:
-        policy = Policy.from_file(profile.value)
+        if not isinstance(profile.value, str | PathLike):
+            raise ConfigurationError(
+                f"{profile.origin} must be the path of a TOML or JSON file, not {profile.value!r}", param=profile.origin
+            )
+        policy = Policy.from_file(Path(profile.value))
         yield profile, _but_switched_on(policy.methods, given), policy.strategy
 
 
