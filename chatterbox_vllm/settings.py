@@ -95,6 +95,10 @@ def _json_object(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) else value
 
 
+def _bytes_as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _option(name: str, help_text: str) -> Any:
     """A sampling default: type, range and default are ``SpeechOptions``'."""
     low, high = OPTION_RANGES[name]
@@ -107,6 +111,7 @@ PresetName = Literal["ultra-low-vram", "low-vram", "medium-vram", "high-vram"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Text = Annotated[str, Field(min_length=1), annotated_types.doc("text, not empty")]
+Amount = Annotated[str, BeforeValidator(_bytes_as_text)]
 LanguageCode = Annotated[str, Field(pattern="^[a-z]{2}$"), annotated_types.doc("two small letters, as en")]
 MethodName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_\-]+$"), annotated_types.doc("a name of letters, digits, _ and -")
@@ -178,7 +183,7 @@ class Settings(BaseModel):
     use_bnb_quantization: bool | None = Field(None, description="the same as quantization=bnb-8bit")
     use_int8_quantization: bool | None = Field(None, description="T3 and vocoder in int8, on a CPU, too")
     strict_quantization: bool = Field(False, description="an error, not a weaker strategy, where one does not work")
-    vram_budget: str | None = Field(
+    vram_budget: Amount | None = Field(
         None, description="all of the GPU's memory that may be used, as 2GiB; checked first"
     )
 

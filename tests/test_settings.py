@@ -120,6 +120,13 @@ def test_spellings_of_quantisation(environment: dict[str, str], t3: str, estimat
     assert (policy.t3, policy.estimator) == (t3, estimator)
 
 
+def test_a_budget_in_config_py_may_be_a_number_of_bytes() -> None:
+    assert loaded(deployment={"vram_budget": 2**31}) == loaded(environment={"CHATTERBOX_VRAM_BUDGET": str(2**31)})
+    for wrong in (True, 2.5):
+        with pytest.raises(ConfigurationError, match=r"^config\.py: vram_budget=.*: must be text$"):
+            loaded(deployment={"vram_budget": wrong})
+
+
 def test_a_higher_source_decides_about_quantisation() -> None:
     deployment = {"quantization": "bitsandbytes"}
     assert loaded(environment={"CHATTERBOX_USE_QUANTIZATION": "false"}, deployment=deployment).policy.t3 == "none"
