@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,9 @@ SHORTEST: Final = SAMPLE_RATE // 2
 """Samples without which nobody is recognised, as in enrolment."""
 _WINDOW_SECONDS: Final = 30
 """What a recogniser hears at once. Whisper cuts longer sounds by itself, where it finds a pause."""
+_WORD: Final = re.compile(r"[^\s']+(?:'[^\s']+)*")
+_UNSEEN: Final = re.compile("[\u00ad\u200c-\u200f\u2060\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""Soft hyphens, joiners, marks of direction and variation selectors: they are in words, and nobody hears them."""
 
 
 class Speaker:
@@ -86,9 +90,20 @@ def _resampled(samples: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 
 def words(text: str, language: str | None = None) -> list[str]:
-    """What is counted: words without case and punctuation; of languages that are written without spaces, characters."""
-    found = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
-    return list("".join(found)) if language in {"ja", "zh"} else found
+    """What is counted: words without case and punctuation; of languages that are written without spaces, characters.
+
+    However a letter, a mark or an apostrophe is encoded, it counts as the same.
+    """
+    plain = _UNSEEN.sub("", unicodedata.normalize("NFKC", text).lower().replace("’", "'"))
+    spaced = "".join(character if character == "'" or _in_word(character) else " " for character in plain)
+    # a mark without a letter, such as what was left of an emoji, is no word
+    found = [word for word in _WORD.findall(spaced) if any(character.isalnum() for character in word)]
+    return list("".join(found)) if language is not None and language.lower() in {"ja", "zh"} else found
+
+
+def _in_word(character: str) -> bool:
+    """Letters, digits, and the marks on them: the vowels of Hindi are such, and ``re`` has them in no word."""
+    return character.isalnum() or unicodedata.category(character).startswith("M")
 
 
 def edits(wanted: Sequence[str], heard: Sequence[str]) -> int:
