@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
+import io
 import json
 import shutil
 import sys
@@ -16,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from chatterbox_vllm import evaluate
 from chatterbox_vllm.checkpoint import DEMO_MARKER, Checkpoint
 from chatterbox_vllm.errors import ConfigurationError, InvalidRequest, MissingDependency
+from chatterbox_vllm.evaluate import report
 from chatterbox_vllm.evaluate.compare import divergence, summary
 from chatterbox_vllm.evaluate.methods import contender, quantize
 from chatterbox_vllm.evaluate.report import RANDOM
@@ -134,6 +138,39 @@ def test_a_file_without_a_folder_is_refused_at_once(tmp_path: Path, option: str,
 def test_a_plot(compare: Any, tmp_path: Path) -> None:
     compare("int8", "--plot", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_full_disk_leaves_what_was_there(
+    compare: Any, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not half a file; and the error is a sentence that names the file."""
+    file = tmp_path / "before.png"
+    file.write_text("before", encoding="utf-8")
+    open_file = io.open
+
+    def full(name: Any, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if "w" in mode and "before" in str(name):
+            open_file(name, mode, *more, **options).close()  # it is empty now, and stays so
+            raise OSError(errno.ENOSPC, "No space left on device", str(name))
+        return open_file(name, mode, *more, **options)
+
+    for module in (io, builtins):  # of pathlib, and of everybody else
+        monkeypatch.setattr(module, "open", full)
+    with pytest.raises(ConfigurationError, match=rf"{option}: cannot write .*before\.png: No space left on device; "):
+        compare("none", option, file)
+    assert file.read_text(encoding="utf-8") == "before"
+    assert {each.name for each in tmp_path.iterdir()} <= {"before.png", "texts.txt", "figures.json"}
+
+
+def test_a_device_and_a_link_are_written_to(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="/dev/full: No space left"):
+        report.write(Path("/dev/full"), b"x", "--json")
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(file)
+    report.write(link, b"x", "--json")
+    assert link.is_symlink()
+    assert file.read_bytes() == b"x"
 
 
 # --- T3

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{report.RANDOM}")
     if arguments.json is not None:
         content = report.as_json(vars(arguments), a, b, found, rows, is_demo=is_demo)
-        arguments.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        report.write(arguments.json, json.dumps(content, indent=1).encode(), "--json")
     if arguments.plot is not None:
         report.plot(arguments.plot, a, b, rows, is_demo=is_demo)
     return 0
