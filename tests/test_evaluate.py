@@ -122,6 +122,20 @@ def test_what_cannot_be_compared_is_refused(demo: Checkpoint, tmp_path: Path) ->
         evaluate.main([*options, "none", "--max-tokens", "0"])
 
 
+def test_a_device_that_is_not_there_is_refused(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(device: str, told: str) -> None:
+        with pytest.raises(ConfigurationError, match=f"^--device={device}: {told}"):
+            evaluate.main(["--model", str(demo.folder), "--method", "none", "--device", device])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("cuda", "torch finds no NVIDIA GPU here; leave it out")
+    for device in ("banana", "meta"):
+        refused(device, "choose cpu or cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    refused("cuda:2", "torch finds 2 NVIDIA GPUs here; the last one is cuda:1")
+
+
 def test_a_plot_without_matplotlib_is_refused_at_once(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependency, match="pip install matplotlib"):

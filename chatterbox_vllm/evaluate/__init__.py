@@ -21,6 +21,7 @@ from chatterbox_vllm.bench import sentences
 from chatterbox_vllm.bench.options import output
 from chatterbox_vllm.bench.report import check_plot
 from chatterbox_vllm.checkpoint import Checkpoint, resolve
+from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.evaluate import report
 from chatterbox_vllm.evaluate.compare import Comparison, summary
 from chatterbox_vllm.evaluate.methods import contender
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.plot is not None:
         check_plot(arguments.plot)
+    _check_device(arguments.device)
     options = SpeechOptions(seed=arguments.seed, max_tokens=arguments.max_tokens, diffusion_steps=arguments.steps)
     own = [sentences.text(seed, _SECONDS) for seed in range(OWN_TEXTS)]
     texts = own if arguments.texts is None else sentences.read(arguments.texts, "--texts")
@@ -78,6 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot is not None:
         report.plot(arguments.plot, a, b, rows, is_demo=is_demo)
     return 0
+
+
+def _check_device(asked: str) -> None:
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", "cuda"}:
+        raise ConfigurationError(f"--device={asked}: choose cpu or cuda", param="--device")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError(f"--device={asked}: torch finds no NVIDIA GPU here; leave it out", param="--device")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ConfigurationError(
+            f"--device={asked}: torch finds {count} NVIDIA GPUs here; the last one is cuda:{count - 1}",
+            param="--device",
+        )
 
 
 def _voice(checkpoint: Checkpoint, wanted: str | None, device: str) -> VoiceFeatures:
