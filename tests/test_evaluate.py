@@ -136,6 +136,15 @@ def test_a_device_that_is_not_there_is_refused(demo: Checkpoint, monkeypatch: py
     refused("cuda:2", "torch finds 2 NVIDIA GPUs here; the last one is cuda:1")
 
 
+def test_other_variants_are_no_comparison(compare: Any, demo: Checkpoint, multilingual_demo: Checkpoint) -> None:
+    """Their ids mean other texts. Either way round, and with the model itself."""
+    english, other = f"{demo.folder} is english and reads 704", f"{multilingual_demo.folder} is multilingual and reads"
+    with pytest.raises(ConfigurationError, match=f"A, {other} .*; B, {english} "):
+        compare(multilingual_demo.folder)
+    with pytest.raises(ConfigurationError, match=f"A, {english} .*; B, {other} "):
+        compare(demo.folder, "--against", multilingual_demo.folder)
+
+
 def test_a_plot_without_matplotlib_is_refused_at_once(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependency, match="pip install matplotlib"):

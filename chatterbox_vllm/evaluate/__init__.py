@@ -24,7 +24,7 @@ from chatterbox_vllm.checkpoint import Checkpoint, resolve
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.evaluate import report
 from chatterbox_vllm.evaluate.compare import Comparison, summary
-from chatterbox_vllm.evaluate.methods import contender
+from chatterbox_vllm.evaluate.methods import check_comparable, contender
 from chatterbox_vllm.evaluate.sound import Recogniser
 from chatterbox_vllm.types import MAX_SPEECH_TOKENS, SpeechOptions, VoiceFeatures
 from chatterbox_vllm.voices.library import VoiceLibrary
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = resolve(arguments.model)
     a = contender(arguments.method, checkpoint, "--method")
     b = contender(arguments.against, checkpoint, "--against")
+    check_comparable(a, b)
     recogniser = None if arguments.asr is None else Recogniser(arguments.asr, arguments.device)
     voice = _voice(checkpoint, arguments.voice, arguments.device)
     comparison = Comparison(a, b, device=arguments.device, recogniser=recogniser)

@@ -22,6 +22,7 @@ from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.matrices import Matrix, quantize_linears
 from chatterbox_vllm.quantization.packing import Stored
 from chatterbox_vllm.quantization.policy import STRATEGIES, Method, Policy
+from chatterbox_vllm.t3.folder import infer_config
 
 _FP8_LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
 _EVERYWHERE: Final = (Method.NONE, Method.BNB_4BIT, Method.BNB_8BIT, Method.INT8)
@@ -79,6 +80,28 @@ def _policy(word: str, origin: str) -> Policy:
     known = ", ".join([*_EVERYWHERE, Method.FP8, *(name for name in STRATEGIES if name != Method.NONE)])
     raise ConfigurationError(
         f"{origin} {word}: choose {known}, a profile's file, or the folder of a quantised checkpoint", param=origin
+    )
+
+
+def check_comparable(a: Contender, b: Contender) -> None:
+    """Refuses two that do not read the same text: what one's ids mean is another thing, or nothing, to the other.
+
+    Raises:
+        CheckpointError: a T3 is none.
+        ConfigurationError: names both.
+    """
+    vocabularies = [infer_config(each.checkpoint.t3).text_vocabulary for each in (a, b)]
+    languages = [each.checkpoint.variant.is_multilingual for each in (a, b)]
+    if vocabularies[0] == vocabularies[1] and languages[0] == languages[1]:
+        return
+    told_a, told_b = (
+        f"{each.checkpoint.folder} is {each.checkpoint.variant} and reads {count} text tokens"
+        for each, count in zip((a, b), vocabularies, strict=True)
+    )
+    raise ConfigurationError(
+        f"--method and --against cannot be compared: A, {told_a}; B, {told_b}; give two of one variant, the --model's "
+        "if one of them is no folder",
+        param="--method",
     )
 
 
