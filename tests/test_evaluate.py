@@ -145,6 +145,20 @@ def test_other_variants_are_no_comparison(compare: Any, demo: Checkpoint, multil
         compare(demo.folder, "--against", multilingual_demo.folder)
 
 
+def test_a_text_that_cannot_be_spoken_is_found_before_any_is(
+    compare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoken(*_: Any) -> None:
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr(PlainT3, "__init__", spoken)
+    texts = tmp_path / "some.txt"
+    for wrong, told in (("a\x07b", r"has the control character U\+0007"), ("long " * 2000, "takes [0-9]+ tokens")):
+        texts.write_text(f"Good.\n\n{wrong}\nGood.\n", encoding="utf-8")
+        with pytest.raises(InvalidRequest, match=rf"^--texts .*some\.txt: line 3 {told}"):
+            compare("none", "--texts", texts)
+
+
 def test_a_plot_without_matplotlib_is_refused_at_once(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependency, match="pip install matplotlib"):

@@ -23,7 +23,7 @@ from chatterbox_vllm.bench.report import check_plot
 from chatterbox_vllm.checkpoint import Checkpoint, resolve
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.evaluate import report
-from chatterbox_vllm.evaluate.compare import Comparison, summary
+from chatterbox_vllm.evaluate.compare import Comparison, prepare, summary
 from chatterbox_vllm.evaluate.methods import check_comparable, contender
 from chatterbox_vllm.evaluate.sound import Recogniser
 from chatterbox_vllm.types import MAX_SPEECH_TOKENS, SpeechOptions, VoiceFeatures
@@ -66,10 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = contender(arguments.method, checkpoint, "--method")
     b = contender(arguments.against, checkpoint, "--against")
     check_comparable(a, b)
+    prepared = prepare(texts, _places(arguments.texts, len(texts)), b.checkpoint, arguments.language)
     recogniser = None if arguments.asr is None else Recogniser(arguments.asr, arguments.device)
     voice = _voice(checkpoint, arguments.voice, arguments.device)
     comparison = Comparison(a, b, device=arguments.device, recogniser=recogniser)
-    compared = comparison.texts(texts, voice, options, arguments.language)
+    compared = comparison.texts(prepared, voice, options, arguments.language)
     rows = list(tqdm(compared, total=len(texts), unit="text", disable=None))
     found, is_demo = summary(rows), a.checkpoint.is_demo or b.checkpoint.is_demo
     print(report.table(a, b, found))
@@ -81,6 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot is not None:
         report.plot(arguments.plot, a, b, rows, is_demo=is_demo)
     return 0
+
+
+def _places(file: Path | None, count: int) -> list[str]:
+    """Where each text is, for errors: its line in the file, blank ones counted; a pipe cannot be read again."""
+    if file is None or not file.is_file():
+        return [f"--texts: text {number}" for number in range(1, count + 1)]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [f"--texts {file}: line {number}" for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _check_device(asked: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.errors import InvalidRequest
 from chatterbox_vllm.evaluate.methods import Contender
 from chatterbox_vllm.evaluate.sound import Recogniser, Speaker, edits, similarity, words
@@ -59,6 +60,31 @@ class OfText:
     heard_b: Heard | None
 
 
+class Prepared(NamedTuple):
+    """A text, and its token ids without start and stop."""
+
+    text: str
+    ids: list[int]
+
+
+def prepare(
+    texts: Sequence[str], places: Sequence[str], checkpoint: Checkpoint, language: str | None = None
+) -> list[Prepared]:
+    """All texts as ``checkpoint`` reads them, before any is spoken.
+
+    Args:
+        places: where each of them is, for errors.
+        checkpoint: B's.
+
+    Raises:
+        CheckpointError: its tokenizer is none.
+        InvalidRequest: a text cannot be spoken; names its place.
+    """
+    frontend = TextFrontend(load_tokenizer(checkpoint), multilingual=checkpoint.variant.is_multilingual)
+    pairs = zip(texts, places, strict=True)
+    return [Prepared(text, frontend.one(text, language, param=place)) for text, place in pairs]
+
+
 @dataclass(frozen=True)
 class Side:
     """One contender's networks."""
@@ -71,7 +97,7 @@ class Comparison:
     """Both contenders' networks, loaded.
 
     Args:
-        a, b: what is judged, and what it is judged against; texts are read, and speakers judged, with B's files.
+        a, b: what is judged, and what it is judged against; speakers are judged with B's files.
         recogniser: None counts no words.
 
     Raises:
@@ -89,23 +115,22 @@ class Comparison:
             )
             for checkpoint, policy in (a, b)
         )
-        self._frontend = TextFrontend(load_tokenizer(b.checkpoint), multilingual=b.checkpoint.variant.is_multilingual)
         self._speaker = Speaker(b.checkpoint.voice_encoder)
         self._recogniser = recogniser
 
     def texts(
-        self, texts: Sequence[str], voice: VoiceFeatures, options: SpeechOptions, language: str | None = None
+        self, texts: Sequence[Prepared], voice: VoiceFeatures, options: SpeechOptions, language: str | None = None
     ) -> Iterator[OfText]:
         """Each text's figures; text *i* has the seed *seed + i*.
 
         Raises:
-            InvalidRequest: a text cannot be spoken, or B says nothing to it.
+            InvalidRequest: B says nothing to a text.
         """
-        for index, text in enumerate(texts):
-            yield self._text(text, voice, options.but(seed=(options.seed or 0) + index), language)
+        for index, prepared in enumerate(texts):
+            yield self._text(prepared, voice, options.but(seed=(options.seed or 0) + index), language)
 
-    def _text(self, text: str, voice: VoiceFeatures, options: SpeechOptions, language: str | None) -> OfText:
-        ids = self._frontend.one(text, language, param="--texts")
+    def _text(self, prepared: Prepared, voice: VoiceFeatures, options: SpeechOptions, language: str | None) -> OfText:
+        text, ids = prepared
         said_a, said_b = (side.t3.speak(ids, voice, options) for side in (self._a, self._b))
         tokens = _sounds(said_b)
         if not len(tokens):
