@@ -287,6 +287,14 @@ def test_rounding_is_the_kernels() -> None:
         assert module(louder)[:10].allclose(found, atol=1e-5)
 
 
+def test_methods_have_the_spellings_of_quantization(demo: Checkpoint) -> None:
+    for word, method in (("INT8", "int8"), ("bitsandbytes", "bnb-4bit"), ("Bnb-8bit", "bnb-8bit"), ("NONE", "none")):
+        assert contender(word, demo, "--method").policy == contender(method, demo, "--method").policy
+    assert contender("FP8", demo, "--method").policy.t3 == "fp8"
+    with pytest.raises(ConfigurationError, match="chatterbox-vllm quantize"):
+        contender("AWQ", demo, "--method")
+
+
 def test_profiles_and_strategies_are_known(demo: Checkpoint, tmp_path: Path) -> None:
     profile = tmp_path / "mine.toml"
     profile.write_text('t3 = "int8"\n', encoding="utf-8")

@@ -21,7 +21,7 @@ from chatterbox_vllm.checkpoint import Checkpoint, locate
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.matrices import Matrix, quantize_linears
 from chatterbox_vllm.quantization.packing import Stored
-from chatterbox_vllm.quantization.policy import STRATEGIES, Method, Policy
+from chatterbox_vllm.quantization.policy import STRATEGIES, Method, Policy, canonical
 from chatterbox_vllm.t3.folder import infer_config
 
 _FP8_LARGEST: Final = torch.finfo(torch.float8_e4m3fn).max
@@ -67,13 +67,14 @@ def contender(word: str, checkpoint: Checkpoint, origin: str) -> Contender:
 def _policy(word: str, origin: str) -> Policy:
     if Path(word).is_file():
         return Policy.from_file(word)
-    if word in _EVERYWHERE:
-        return Policy(word, word, word)
+    method = canonical(word, origin)
+    if method in _EVERYWHERE:
+        return Policy(method, method, method)
     if word in STRATEGIES:
         return STRATEGIES[word]
-    if word == Method.FP8:
-        return Policy(word)
-    if word == Method.AWQ:
+    if method == Method.FP8:
+        return Policy(method)
+    if method == Method.AWQ:
         raise ConfigurationError(
             f"{origin} {word}: give the folder that chatterbox-vllm quantize wrote in its place", param=origin
         )
