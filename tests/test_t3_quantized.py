@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from vllm import AsyncEngineArgs
 from vllm.config import CUDAGraphMode
 from vllm.model_executor.kernels import linear
@@ -200,6 +201,33 @@ def test_a_changed_file_is_converted_anew(demo: Checkpoint, tmp_path: Path) -> N
     second = converted(source, "int8", config, tmp_path)
     assert second != first
     assert not load_file(second)["speech_head.weight"].any()
+
+
+def test_what_the_cache_holds_in_a_conversion_s_place_is_replaced(demo: Checkpoint, tmp_path: Path) -> None:
+    config = infer_config(demo.t3)
+    path = converted(demo.t3, "int8", config, tmp_path)
+    whole = path.read_bytes()
+    tensors = load(whole)  # not of the file, which is written over
+    other = converted(demo.t3, "bnb-8bit", config, tmp_path)
+    for wrong in (whole[: len(whole) // 2], whole[:4], b"", demo.t3.read_bytes(), other.read_bytes()):
+        path.write_bytes(wrong)
+        assert converted(demo.t3, "int8", config, tmp_path) == path
+        assert Stored.of(path) == Stored("int8")
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in load(path.read_bytes()).items())
+
+
+def test_a_conversion_is_on_the_disk_before_it_has_its_name(
+    demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, synced = tmp_path / "t3-quantized", []
+
+    def fsync(descriptor: int) -> None:
+        assert not list(folder.glob("*.safetensors"))
+        synced.append(os.fstat(descriptor))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = converted(demo.t3, "int8", infer_config(demo.t3), tmp_path)
+    assert [(state.st_ino, state.st_size) for state in synced] == [(path.stat().st_ino, path.stat().st_size)]
 
 
 def test_a_file_of_an_older_layout_is_to_be_quantised_again(demo: Checkpoint, tmp_path: Path) -> None:

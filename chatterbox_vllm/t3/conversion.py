@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from chatterbox_vllm.checkpoint import unusable_cache
+from chatterbox_vllm.errors import CheckpointError
 from chatterbox_vllm.quantization.packing import Stored
 from chatterbox_vllm.quantization.policy import Method
 
@@ -67,6 +69,8 @@ def encoded(tensors: Iterable[tuple[str, Tensor]], stored: Stored, config: T3Con
 def converted(weights: Path, method: str, config: T3Config, cache: Path) -> Path:
     """A T3 file like ``weights`` whose linear layers are quantised by ``method``; written once for each content.
 
+    What the cache holds in its place but cannot be read, or is quantised otherwise, is replaced.
+
     Args:
         weights: an unquantised T3 file, checked by ``infer_config``.
         method: int8 or bnb-8bit.
@@ -79,7 +83,7 @@ def converted(weights: Path, method: str, config: T3Config, cache: Path) -> Path
         source, state = weights.resolve(), weights.stat()
         identity = f"{source}\n{state.st_size}\n{state.st_mtime_ns}\n{method}\n{_VERSION}"
         target = cache / "t3-quantized" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-        if not target.is_file():
+        if not _holds(target, Stored(method)):
             logger.info("converting T3 to %s, once, into %s", method, target)
             target.parent.mkdir(parents=True, exist_ok=True)
             with safe_open(source, "pt") as file:
@@ -91,6 +95,14 @@ def converted(weights: Path, method: str, config: T3Config, cache: Path) -> Path
     return target
 
 
+def _holds(path: Path, stored: Stored) -> bool:
+    try:
+        return path.is_file() and Stored.of(path) == stored
+    except CheckpointError:
+        logger.warning("%s is cut short or damaged and is written anew", path)
+        return False
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], stored: Stored) -> None:
     """The whole file or none of it; raises OSError."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantize-") as scratch:
@@ -100,4 +112,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], stored: Stored) -> None:
         except SafetensorError as error:  # a full disk
             raise OSError(f"{path} cannot be written: {error}") from error
         fresh.chmod(0o644)  # safetensors lets nobody else read
+        with fresh.open("rb") as file:
+            os.fsync(file.fileno())  # else the name can outlive a power cut, and the content not
         fresh.replace(path)
