@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
@@ -80,6 +82,9 @@ def main(argv: Sequence[str] | None = None, *, settings: LoadSettings = load) ->
 
 def _run(argv: list[str], settings: LoadSettings) -> int:
     try:
+        if argv[:1] == ["quantize"]:
+            with _ended_in_order():
+                return _run_main("chatterbox_vllm.convert", argv[1:])
         if argv and argv[0] in COMMANDS:
             return _run_main(f"chatterbox_vllm.{COMMANDS[argv[0]][0]}", argv[1:])
         if argv[:1] == ["bench"] and argv[1:2] and argv[1] in BENCHES:
@@ -88,6 +93,28 @@ def _run(argv: list[str], settings: LoadSettings) -> int:
         return int(arguments.run(arguments, settings) or 0)
     finally:
         sys.stdout.flush()  # here a closed pipe can still be told from an error
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Meanwhile SIGTERM and SIGHUP raise SystemExit, so that half-written files are removed.
+
+    One that is handled or ignored already, as nohup has it, stays so.
+    """
+    ours = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) == signal.SIG_DFL]
+
+    def end(number: int, _frame: object) -> None:
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)  # a second one, as systemd sends, must not stop the removing
+        sys.exit(128 + number)
+
+    for each in ours:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each in ours:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def _run_main(module: str, argv: Sequence[str]) -> int:

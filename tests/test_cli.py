@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -231,3 +232,26 @@ def test_other_commands_are_passed_on(
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(main=lambda rest: seen.append(rest) or 3))
     assert cli.main(argv) == 3
     assert seen == [passed]
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGTERM, signal.SIGHUP])
+def test_only_quantize_handles_signals_and_none_that_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, ignored: signal.Signals
+) -> None:
+    numbers, seen = (signal.SIGTERM, signal.SIGHUP), []
+
+    def run(_argv: list[str]) -> int:
+        seen.append([number for number in numbers if callable(signal.getsignal(number))])
+        return 0
+
+    for module in ("convert", "doctor"):
+        monkeypatch.setitem(sys.modules, f"chatterbox_vllm.{module}", SimpleNamespace(main=run))
+    before = [signal.signal(each, signal.SIG_IGN if each == ignored else signal.SIG_DFL) for each in numbers]
+    found = [signal.getsignal(each) for each in numbers]
+    try:
+        assert cli.main(["quantize"]) == cli.main(["doctor"]) == 0
+        assert seen == [[each for each in numbers if each != ignored], []]
+        assert [signal.getsignal(each) for each in numbers] == found
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

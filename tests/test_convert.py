@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from chatterbox_vllm import cli
 from chatterbox_vllm.bench.workload import random_text, random_voice
 from chatterbox_vllm.checkpoint import Checkpoint, load_tensors, resolve
 from chatterbox_vllm.convert import command, main, quantize
@@ -18,6 +20,7 @@ from chatterbox_vllm.errors import CheckpointError, ConfigurationError
 from chatterbox_vllm.evaluate.t3 import PlainT3
 from chatterbox_vllm.quantization.awq import READERS, scale_layer
 from chatterbox_vllm.quantization.packing import HEADER, STORABLE, Stored, pack, round_groups, round_rows, unpack
+from chatterbox_vllm.t3 import conversion
 from chatterbox_vllm.t3.conversion import linear_layers
 from chatterbox_vllm.t3.folder import infer_config
 from chatterbox_vllm.types import START_SPEECH, SpeechOptions
@@ -172,6 +175,27 @@ def test_what_cannot_be_done_is_said_and_nothing_is_left(
     with pytest.raises(ConfigurationError, match="No space left"):
         quantize(demo, tmp_path / "out", method="int8")
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+
+
+def test_a_command_that_is_ended_leaves_nothing(
+    demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a signal, while it writes, and by a second one while it removes what it wrote."""
+
+    def half(_tensors: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        assert path.is_relative_to(next(tmp_path.glob(".out.*")))
+        assert callable(signal.getsignal(signal.SIGTERM)), "it would end the tests"
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(conversion, "save_file", half)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["quantize", str(demo.folder), str(tmp_path / "out"), "--method", "int8"])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_quantised_file_is_checked_strictly(demo: Checkpoint, tmp_path: Path) -> None:

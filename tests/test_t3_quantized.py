@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,20 @@ def test_a_failed_conversion_leaves_nothing(demo: Checkpoint, tmp_path: Path, mo
     with pytest.raises(ConfigurationError, match="No space left"):
         converted(demo.t3, "int8", infer_config(demo.t3), tmp_path)
     assert list((tmp_path / "t3-quantized").iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_is_removed_once_it_is_old(demo: Checkpoint, tmp_path: Path) -> None:
+    config, folder = infer_config(demo.t3), tmp_path / "t3-quantized"
+    path = converted(demo.t3, "int8", config, tmp_path)
+    hours_ago = time.time() - 2 * 3600
+    for name in ("left", "written", "begun"):
+        scratch = folder / f".quantize-{name}"
+        scratch.mkdir()
+        (scratch / path.name).write_bytes(b"half")
+    for old in (".quantize-left", f".quantize-left/{path.name}", ".quantize-written", f".quantize-begun/{path.name}"):
+        os.utime(folder / old, (hours_ago, hours_ago))
+    assert converted(demo.t3, "int8", config, tmp_path) == path
+    assert {each.name for each in folder.iterdir()} == {path.name, ".quantize-written", ".quantize-begun"}
 
 
 def test_the_checkpoint_knows_its_method(demo: Checkpoint, awq: Checkpoint) -> None:

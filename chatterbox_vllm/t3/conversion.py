@@ -10,10 +10,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _VERSION = 2
 """Counts the changes to what a conversion writes."""
+_SCRATCH: Final = ".quantize-"
+_ABANDONED: Final = 3600.0
+"""Seconds after which nobody is still writing: that takes seconds or minutes."""
 
 
 def linear_layers(config: T3Config) -> dict[str, tuple[int, int]]:
@@ -83,6 +89,7 @@ def converted(weights: Path, method: str, config: T3Config, cache: Path) -> Path
         source, state = weights.resolve(), weights.stat()
         identity = f"{source}\n{state.st_size}\n{state.st_mtime_ns}\n{method}\n{_VERSION}"
         target = cache / "t3-quantized" / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+        _remove_abandoned(target.parent)
         if not _holds(target, Stored(method)):
             logger.info("converting T3 to %s, once, into %s", method, target)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +110,18 @@ def _holds(path: Path, stored: Stored) -> bool:
         return False
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """What processes left that were killed while they wrote; by age, as pids of other containers mean nothing here."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        with suppress(OSError):  # another process was faster
+            written = max(path.stat().st_mtime for path in (scratch, *scratch.iterdir()))
+            if time.time() - written > _ABANDONED:
+                shutil.rmtree(scratch)
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], stored: Stored) -> None:
     """The whole file or none of it; raises OSError."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantize-") as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=_SCRATCH) as scratch:
         fresh = Path(scratch) / path.name
         try:
             save_file(dict(tensors), fresh, metadata={"format": "pt", **stored.metadata()})
