@@ -177,6 +177,27 @@ def test_what_cannot_be_done_is_said_and_nothing_is_left(
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["--group-size", "128"], "it has no groups"),
+        (["--texts", "texts"], "it needs no calibration"),
+        (["--language", "de"], "it needs no calibration"),
+        (["--tokens", "100"], "it needs no calibration"),
+        (["--device", "cpu"], "it needs no calibration"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(
+    demo: Checkpoint, tmp_path: Path, given: list[str], why: str
+) -> None:
+    for method in ("int8", "bnb-8bit"):
+        told = f"{given[0]} is for --method awq and has no effect on {method}: {why}; leave it out"
+        with pytest.raises(ConfigurationError, match=told) as caught:
+            main([str(demo.folder), str(tmp_path / "out"), "--method", method, *given])
+        assert caught.value.param == given[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_command_that_is_ended_leaves_nothing(
     demo: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,10 @@ from chatterbox_vllm.voices.features import load_conds
 TEXTS: Final = 4
 """Calibration texts of our own, of a few seconds each."""
 _SECONDS: Final = 6.0
+TOKENS: Final = 100
+"""Speech tokens of each, unless asked otherwise."""
+_OF_AWQ: Final = ("group_size", "texts", "language", "tokens", "device")
+"""Options without a meaning for the other methods."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--group-size", type=int, choices=GROUP_SIZES, help="awq: inputs that share a scale")
     made.add_argument("--texts", type=Path, help="awq: calibration texts, one a line; default: a few of our own")
     made.add_argument("--language", help="awq: language of the texts, for a multilingual model; default: en")
-    made.add_argument("--tokens", type=int, default=100, help="awq: speech tokens a text (default: %(default)s)")
+    made.add_argument("--tokens", type=int, help=f"awq: speech tokens a text; default: {TOKENS}")
     made.add_argument(
         "--device", choices=("cpu", "cuda"), help="awq: where to calibrate; default: cuda if there is one"
     )
@@ -75,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = parser().parse_args(argv)
+    if arguments.method != Method.AWQ:
+        _refuse_options_of_awq(arguments)
     report = quantize(
         resolve(arguments.model),
         arguments.out,
@@ -82,13 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         group_size=arguments.group_size,
         texts=None if arguments.texts is None else sentences.read(arguments.texts, "--texts"),
         language=arguments.language,
-        tokens=arguments.tokens,
+        tokens=TOKENS if arguments.tokens is None else arguments.tokens,
         device=arguments.device,
     )
     print(f"{report.folder}: T3 is {arguments.method}, {report.before / 1e6:.0f} MB -> {report.after / 1e6:.0f} MB")
     if report.error is not None:
         print(f"output error of its linear layers on the calibration: {report.error:.2f} of plain rounding's")
     return 0
+
+
+def _refuse_options_of_awq(arguments: argparse.Namespace) -> None:
+    for name in _OF_AWQ:
+        if getattr(arguments, name) is not None:
+            option, method = f"--{name.replace('_', '-')}", arguments.method
+            does = "it has no groups" if name == "group_size" else "it needs no calibration"
+            raise ConfigurationError(
+                f"{option} is for --method awq and has no effect on {method}: {does}; leave it out", param=option
+            )
 
 
 def quantize(
@@ -99,7 +115,7 @@ def quantize(
     group_size: int | None = None,
     texts: Sequence[str] | None = None,
     language: str | None = None,
-    tokens: int = 100,
+    tokens: int = TOKENS,
     device: str | None = None,
 ) -> Report:
     """Writes ``checkpoint`` to the folder ``out`` with its T3 quantised; on an error nothing is left there.
