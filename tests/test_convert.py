@@ -172,9 +172,14 @@ def test_what_cannot_be_done_is_said_and_nothing_is_left(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(command, "_link", full_disk)
-    with pytest.raises(ConfigurationError, match="No space left"):
-        quantize(demo, tmp_path / "out", method="int8")
+    for out in ("out", "new/deep/out"):
+        with pytest.raises(ConfigurationError, match="No space left"):
+            quantize(demo, tmp_path / out, method="int8")
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError, match="No space left"):
+        quantize(demo, tmp_path / "empty" / "new" / "out", method="int8")
+    assert list((tmp_path / "empty").iterdir()) == []  # and it is there itself, as it was before
 
 
 @pytest.mark.parametrize(

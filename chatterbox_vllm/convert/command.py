@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -207,6 +208,7 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> Iterator[tuple[str, Tenso
 
 def _write_folder(checkpoint: Checkpoint, out: Path, tensors: dict[str, Tensor], stored: Stored) -> int:
     staging = out.with_name(f".{out.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
         staging.mkdir(parents=True)
         write(staging / checkpoint.t3.name, tensors, stored)
@@ -216,8 +218,12 @@ def _write_folder(checkpoint: Checkpoint, out: Path, tensors: dict[str, Tensor],
             if file is not None:
                 _link(file, staging / file.name)
         staging.rename(out)
-    finally:
+    except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # it was not come to, or somebody else has put something there
+                folder.rmdir()
+        raise
     return (out / checkpoint.t3.name).stat().st_size
 
 
