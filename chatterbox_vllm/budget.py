@@ -50,7 +50,8 @@ def parse_bytes(value: str | int, *, param: str = "vram_budget") -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
     factor = _UNITS.get(match[2]) if match else None
-    amount = int(float(match[1]) * factor) if match and factor else 0
+    size = float(match[1]) * factor if match and factor else 0.0
+    amount = int(size) if math.isfinite(size) else 0
     if isinstance(value, bool) or amount <= 0:
         raise ConfigurationError(f"{param}={value} is no amount of memory; write 2GiB, 2048MiB or bytes", param=param)
     return amount

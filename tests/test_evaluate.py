@@ -265,6 +265,8 @@ def test_a_quantised_file_has_its_method(demo: Checkpoint, copy: Checkpoint) -> 
     stored = Stored("int8")
     write(copy.t3, encoded(load_file(demo.t3).items(), stored, infer_config(demo.t3)), stored)
     assert contender("none", copy, "--method").policy.t3 == "int8"
+    mixed = contender("mixed", copy, "--method").policy
+    assert (mixed.t3, mixed.estimator, mixed.strategy) == ("int8", "bnb-8bit", "mixed")
     with pytest.raises(ConfigurationError, match="is int8 already"):
         contender("bnb-8bit", copy, "--method")
 

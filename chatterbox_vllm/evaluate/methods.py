@@ -53,15 +53,17 @@ def contender(word: str, checkpoint: Checkpoint, origin: str) -> Contender:
         checkpoint, policy = locate(word), Policy()
     else:
         policy = _policy(word, origin)
-    stored = Stored.of(checkpoint.t3).method
-    if stored == Method.NONE:
+    stored = Stored.of(checkpoint.t3)
+    policy = policy.of_file(stored)
+    if stored.method == Method.NONE:
         return Contender(checkpoint, policy)
-    if policy.t3 not in (Method.NONE, stored):
+    if policy.t3 not in (Method.NONE, stored.method):
         raise ConfigurationError(
-            f"{origin} {word}: the T3 of {checkpoint.folder} is {stored} already; give the model that it was made from",
+            f"{origin} {word}: the T3 of {checkpoint.folder} is {stored.method} already; give the model that it was "
+            "made from",
             param=origin,
         )
-    return Contender(checkpoint, replace(policy, t3=stored))
+    return Contender(checkpoint, replace(policy, t3=stored.method))
 
 
 def _policy(word: str, origin: str) -> Policy:
