@@ -152,10 +152,18 @@ def test_a_profile_is_a_file(tmp_path: Path) -> None:
         ("t3 =", "is no quantisation profile"),
         ("t3 = 4", "t3 must be one of"),
         ("", "names no component; write"),
+        ("estimator = 'fp8'", r"mine.toml: estimator cannot be fp8; it can be"),
     ):
         file.write_text(content)
-        with pytest.raises(ConfigurationError, match=told):
+        with pytest.raises(ConfigurationError, match=told) as refused:
             Policy.from_file(file)
+        assert "mine.toml" in str(refused.value)
+    (tmp_path / "mine.JSON").write_text('\ufeff{"t3": "fp8"}', encoding="utf-8")
+    assert Policy.from_file(tmp_path / "mine.JSON").t3 == "fp8"
+    for content in ('{"t3": "fp8", "t3": "int8"}', "[" * 100_000):
+        (tmp_path / "mine.json").write_text(content)
+        with pytest.raises(ConfigurationError, match=r"mine.json is no quantisation profile"):
+            Policy.from_file(tmp_path / "mine.json")
     with pytest.raises(ConfigurationError, match="is no quantisation profile"):
         Policy.from_file(tmp_path / "absent.toml")
 

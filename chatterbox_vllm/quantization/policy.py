@@ -182,9 +182,10 @@ class Policy:
         """
         file = Path(path).expanduser()
         try:
-            text = file.read_text(encoding="utf-8")
-            content = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-        except (OSError, ValueError) as error:
+            text = file.read_text(encoding="utf-8-sig")
+            is_json = file.suffix.lower() == ".json"
+            content = json.loads(text, object_pairs_hook=_once) if is_json else tomllib.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigurationError(
                 f'{file} is no quantisation profile ({error}); write TOML such as: t3 = "bnb-4bit"',
                 param="quantization_profile",
@@ -197,7 +198,19 @@ class Policy:
                 f"{file}: {', '.join(unknown)} is no component; there are {', '.join(COMPONENTS)}",
                 param="quantization_profile",
             )
-        return cls(**{name: canonical(value, f"{file}: {name}") for name, value in content.items()})
+        methods = {name: canonical(value, f"{file}: {name}") for name, value in content.items()}
+        try:
+            return cls(**methods)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{file}: {error}", param="quantization_profile") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, which lets a later value of a key silently take the place of an earlier one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a component is there twice")
+    return found
 
 
 NONE: Final = Policy()
