@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from chatterbox_vllm import __version__
 from chatterbox_vllm.errors import ChatterboxError, ConfigurationError, InvalidRequest
+from chatterbox_vllm.files import write_whole
 from chatterbox_vllm.settings import PRESETS, Settings, VariantName, allowed, default_text, flag, load, variables
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ async def _speak(arguments: argparse.Namespace, settings: Settings, text: str) -
         await engine.shutdown()
     from chatterbox_vllm.api.render import render
 
-    _write(arguments.output, render(samples, format, arguments.speed))
+    write_whole(arguments.output, render(samples, format, arguments.speed), "--output")
     print(f"{arguments.output}: {len(samples) / engine.sample_rate / arguments.speed:.1f} s of speech")
 
 
@@ -270,18 +271,6 @@ async def _voice(engine: AsyncChatterbox, voice: str | None) -> VoiceFeatures:
     if voice is not None and Path(voice).is_file():  # noqa: ASYNC240 (one look, before anything else runs here)
         return await engine.voices.enrolled(Path(voice), param="--voice")
     return await engine.voices.named(voice)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """The whole file or none of it."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        raise ConfigurationError(f"cannot write {path}: {error.strerror}", param="--output") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

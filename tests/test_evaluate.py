@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from chatterbox_vllm import evaluate
 from chatterbox_vllm.checkpoint import DEMO_MARKER, Checkpoint
 from chatterbox_vllm.errors import ConfigurationError, InvalidRequest, MissingDependency
-from chatterbox_vllm.evaluate import report
 from chatterbox_vllm.evaluate.compare import divergence, summary
 from chatterbox_vllm.evaluate.methods import contender, quantize
 from chatterbox_vllm.evaluate.report import RANDOM
 from chatterbox_vllm.evaluate.sound import Recogniser, edits, words
 from chatterbox_vllm.evaluate.t3 import PlainT3, read_t3
+from chatterbox_vllm.files import write_whole
 from chatterbox_vllm.quantization.packing import Stored
 from chatterbox_vllm.t3.conversion import encoded, write
 from chatterbox_vllm.t3.folder import infer_config
@@ -202,10 +202,10 @@ def test_a_full_disk_leaves_what_was_there(
 
 def test_a_device_and_a_link_are_written_to(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="/dev/full: No space left"):
-        report.write(Path("/dev/full"), b"x", "--json")
+        write_whole(Path("/dev/full"), b"x", "--json")
     link, file = tmp_path / "link", tmp_path / "file"
     link.symlink_to(file)
-    report.write(link, b"x", "--json")
+    write_whole(link, b"x", "--json")
     assert link.is_symlink()
     assert file.read_bytes() == b"x"
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "chatterbox_vllm"
 # A module imports its own level and those below it.
 LEVELS = [
-    {"types", "errors", "garbage", "loop_thread", "memory", "mps", "quiet"},
+    {"types", "errors", "files", "garbage", "loop_thread", "memory", "mps", "quiet"},
     {"quantization"},
     {"settings"},
     {"text", "audio", "checkpoint", "demo_checkpoint", "upstream"},

@@ -16,6 +16,7 @@ import torch
 from chatterbox_vllm.bench.options import count, output
 from chatterbox_vllm.bench.workload import TEXT_TOKENS, random_text, random_voice
 from chatterbox_vllm.checkpoint import cache_dir, resolve
+from chatterbox_vllm.files import write_whole
 from chatterbox_vllm.quantization.policy import canonical
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
@@ -123,5 +124,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     report = asyncio.run(run(arguments))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_whole(arguments.json, json.dumps(report, indent=1).encode(), "--json")
     return 0

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from chatterbox_vllm.bench.options import count, output, positive
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
+from chatterbox_vllm.files import write_whole
 from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE, VoiceFeatures
 from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk
@@ -229,5 +230,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     report = run(arguments)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_whole(arguments.json, json.dumps(report, indent=1).encode(), "--json")
     return 0

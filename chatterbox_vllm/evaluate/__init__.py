@@ -26,6 +26,7 @@ from chatterbox_vllm.evaluate import report
 from chatterbox_vllm.evaluate.compare import Comparison, prepare, summary
 from chatterbox_vllm.evaluate.methods import check_comparable, contender
 from chatterbox_vllm.evaluate.sound import Recogniser
+from chatterbox_vllm.files import write_whole
 from chatterbox_vllm.types import MAX_SPEECH_TOKENS, SpeechOptions, VoiceFeatures
 from chatterbox_vllm.voices.library import VoiceLibrary
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{report.RANDOM}")
     if arguments.json is not None:
         content = report.as_json(vars(arguments), a, b, found, rows, is_demo=is_demo)
-        report.write(arguments.json, json.dumps(content, indent=1).encode(), "--json")
+        write_whole(arguments.json, json.dumps(content, indent=1).encode(), "--json")
     if arguments.plot is not None:
         report.plot(arguments.plot, a, b, rows, is_demo=is_demo)
     return 0

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 from chatterbox_vllm.bench.report import wide_figure
-from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.evaluate.compare import OfText, Summary
 from chatterbox_vllm.evaluate.methods import Contender
+from chatterbox_vllm.files import write_whole
 from chatterbox_vllm.quantization.policy import Method
 
 RANDOM: Final = (
@@ -106,26 +105,4 @@ def plot(path: Path, a: Contender, b: Contender, texts: Sequence[OfText], *, is_
         panel.xaxis.get_major_locator().set_params(integer=True)
     drawing = io.BytesIO()
     figure.savefig(drawing, format=path.suffix.removeprefix("."))
-    write(path, drawing.getvalue(), "--plot")
-
-
-def write(path: Path, content: bytes, param: str) -> None:
-    """The whole file or none of it.
-
-    Raises:
-        ConfigurationError: it cannot be written; names it and the option ``param``.
-    """
-    # a pipe, a device or a link, such as /dev/stdout, is written to: another file in its place would replace it
-    is_plain = not path.is_symlink() and (path.is_file() or not path.exists())
-    part = path.with_name(f".{path.name}.{os.getpid()}") if is_plain else path
-    try:
-        part.write_bytes(content)
-        if is_plain:
-            part.replace(path)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{param}: cannot write {path}: {error.strerror}; name a file elsewhere, or make room", param=param
-        ) from error
-    finally:
-        if is_plain:
-            part.unlink(missing_ok=True)
+    write_whole(path, drawing.getvalue(), "--plot")
