@@ -297,7 +297,7 @@ def test_what_a_method_asks_of_vllm(
 @pytest.mark.parametrize(
     ("method", "remedy"),
     [
-        ("bnb4bit", r"there are none, bnb-4bit, .*compressed-tensors.* of vLLM's"),
+        ("bnb4bit", r"choose none, bnb-4bit, .*, or one of vLLM's own: .*compressed-tensors"),
         ("Mixed", "it is a strategy: give it as quantization_strategy"),
     ],
 )

@@ -57,7 +57,7 @@ def no_thread_is_left() -> Iterator[None]:
         ({"max_batch_sise": 4}, "is neither ours nor an argument of vllm.AsyncEngineArgs"),
         # vLLM's own
         ({"dtype": "float63"}, "'float32', not 'float63'"),
-        ({"quantization": "nonsense"}, "Unknown quantization method: nonsense.*awq"),
+        ({"quantization": "nonsense"}, "=nonsense is no method; choose none, bnb-4bit, .*awq"),
         ({"tensor_parallel_size": 0}, "greater than or equal to 1, not 0"),
         ({"block_size": "big"}, "valid integer.*not 'big'"),
         ({"max_num_batched_tokens": 64}, r"\(64\) is smaller than max_model_len"),

@@ -64,7 +64,7 @@ def method_arguments(method: str, config: T3Config, given: Mapping[str, Any]) ->
 def _of_vllm(method: str) -> dict[str, Any]:
     load_general_plugins()  # some bring a method
     if method not in QUANTIZATION_METHODS:
-        remedy = f"there are {', '.join(Method)}, and {', '.join(QUANTIZATION_METHODS)} of vLLM's"
+        remedy = f"choose {', '.join(Method)}, or one of vLLM's own: {', '.join(QUANTIZATION_METHODS)}"
         if method.lower() in frozenset(QuantizationStrategy):
             remedy = "it is a strategy: give it as quantization_strategy"
         raise ConfigurationError(f"quantization={method} is no method; {remedy}", param="quantization")
