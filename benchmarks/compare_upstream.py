@@ -37,6 +37,7 @@ from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import DERIVED_KEYS, Checkpoint, load_strict, load_tensors, resolve
 from chatterbox_vllm.demo_checkpoint import networks
 from chatterbox_vllm.engine import AsyncChatterbox
+from chatterbox_vllm.files import write_json
 from chatterbox_vllm.t3.folder import infer_config
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.tokenise import load_tokenizer
@@ -203,7 +204,7 @@ def main() -> None:
         options = {name: value for name, value in vars(arguments).items() if name != "json"}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         result = {"device": device, "arguments": options, "upstream": theirs, "ours": ours, "realtime_factors": ways}
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

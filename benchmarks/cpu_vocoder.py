@@ -13,7 +13,6 @@ Needs upstream's wheel (``pip install --no-deps chatterbox-tts==0.1.7 s3tokenize
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from chatterbox_vllm.bench.options import output
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.demo_checkpoint import networks
 from chatterbox_vllm.demo_checkpoint.weights import draw
+from chatterbox_vllm.files import write_json
 from chatterbox_vllm.types import TOKEN_RATE, VoiceFeatures
 from chatterbox_vllm.vocoder import weights
 from chatterbox_vllm.vocoder.stage import Vocoder
@@ -162,7 +162,7 @@ def main() -> None:
         print(f"{seconds:>10.1f} {'ratio':>9} {cells} {result['fastest']:>12.2f} (fastest)", flush=True)
     if arguments.json is not None:
         options = {name: value for name, value in vars(arguments).items() if name != "json"}
-        arguments.json.write_text(json.dumps({"arguments": options, "results": results}, indent=1), encoding="utf-8")
+        write_json(arguments.json, {"arguments": options, "results": results})
 
 
 if __name__ == "__main__":

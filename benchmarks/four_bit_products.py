@@ -10,7 +10,6 @@ as in T3. A request has two rows in a step. Prints, for each number of rows, mic
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +25,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
 from chatterbox_vllm.bench.options import count, output
+from chatterbox_vllm.files import write_json
 from chatterbox_vllm.quantization.packing import Stored
 from chatterbox_vllm.t3 import four_bit
 
@@ -141,8 +141,7 @@ def main() -> None:
                     assert error < 0.2, f"{name} is wrong by {error:.2f}"  # 4 bits are, by about 0.1
                 rows[number][name] = microseconds(layers, inputs, arguments.rounds)
             print(number, {name: round(time, 1) for name, time in rows[number].items()}, flush=True)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+    write_json(arguments.json, {"device": torch.cuda.get_device_name(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +33,7 @@ from chatterbox_vllm.bench.pipeline import Pipeline, timed_rounds
 from chatterbox_vllm.bench.workload import random_voice
 from chatterbox_vllm.checkpoint import resolve
 from chatterbox_vllm.engine import AsyncChatterbox
+from chatterbox_vllm.files import write_json
 from chatterbox_vllm.quantization.policy import STRATEGIES
 from chatterbox_vllm.t3.card import card_memory
 from chatterbox_vllm.types import TOKEN_RATE, SpeechOptions
@@ -157,7 +157,7 @@ def main() -> None:
     if arguments.json is not None:
         options = {name: value for name, value in vars(arguments).items() if name != "json"}
         result = {"device": torch.cuda.get_device_name(), "arguments": options, "results": rows}
-        arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ by: the distance between two seeds' whole files.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from statistics import fmean
@@ -22,6 +21,7 @@ from chatterbox_vllm.bench.options import output
 from chatterbox_vllm.bench.vocoder import DTYPES, Job, speak_in_chunks
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
+from chatterbox_vllm.files import write_json
 from chatterbox_vllm.types import TOKEN_RATE
 from chatterbox_vllm.vocoder.distance import mel_distance, streaming_distance
 from chatterbox_vllm.vocoder.schedule import ChunkSchedule
@@ -95,7 +95,7 @@ def main() -> None:
         print(f"{name:>28} {row['sound']:>10.3f} {row['mel']:>10.3f}")
     if arguments.json is not None:
         options = {name: value for name, value in vars(arguments).items() if name != "json"}
-        arguments.json.write_text(json.dumps({"arguments": options, "decibels": found}, indent=1), encoding="utf-8")
+        write_json(arguments.json, {"arguments": options, "decibels": found})
 
 
 if __name__ == "__main__":

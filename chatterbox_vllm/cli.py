@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
@@ -83,11 +83,9 @@ def main(argv: Sequence[str] | None = None, *, settings: LoadSettings = load) ->
 
 def _run(argv: list[str], settings: LoadSettings) -> int:
     try:
-        if argv[:1] == ["quantize"]:
-            with _ended_in_order():
-                return _run_main("chatterbox_vllm.convert", argv[1:])
         if argv and argv[0] in COMMANDS:
-            return _run_main(f"chatterbox_vllm.{COMMANDS[argv[0]][0]}", argv[1:])
+            with _ended_in_order() if argv[0] == "quantize" else nullcontext():
+                return _run_main(f"chatterbox_vllm.{COMMANDS[argv[0]][0]}", argv[1:])
         if argv[:1] == ["bench"] and argv[1:2] and argv[1] in BENCHES:
             return _run_main(f"chatterbox_vllm.bench.{argv[1]}", argv[2:])
         arguments = _parser().parse_args(argv)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from chatterbox_vllm.errors import ConfigurationError
 
@@ -28,3 +30,13 @@ def write_whole(path: Path, content: bytes, param: str) -> None:
     finally:
         if is_plain:
             part.unlink(missing_ok=True)
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """What ``--json`` is given, where it is.
+
+    Raises:
+        ConfigurationError: see ``write_whole``.
+    """
+    if path is not None:
+        write_whole(path, json.dumps(content, indent=1).encode(), "--json")

@@ -297,9 +297,9 @@ def load(
     given = _preset(given) | given
     layers.insert(0, _preset(given))
     spelt = [_spellings(layer, given) for layer in layers]
-    chosen: dict[str, _Value] = {}
+    t3, chosen = _method_of_t3(spelt), dict[str, _Value]()
     for layer, spellings in zip(layers, spelt, strict=True):
-        chosen |= _one_spelling(layer, spellings, _elsewhere(chosen, spelt))
+        chosen |= _one_spelling(layer, spellings, _elsewhere(chosen, t3))
     _check_auto(chosen, spelt)
     return _build(chosen)
 
@@ -480,12 +480,17 @@ def _one_spelling(layer: _Layer, given: Mapping[str, Given], elsewhere: Mapping[
     return {**layer, **said}
 
 
-def _elsewhere(below: _Layer, spelt: Iterable[Mapping[str, Given]]) -> dict[str, str]:
-    """What a switch for a part finds said in other places: the parts' methods in those below, T3's in all of them."""
-    methods = {component: below[field].value for component, field in FIELDS.items() if field in below}
-    methods["t3"] = None
+def _method_of_t3(spelt: Iterable[Mapping[str, Given]]) -> str | None:
+    """What all places together say; None where none does, or leaves it to ``auto``."""
+    method: str | None = None
     for given in spelt:
-        methods["t3"] = method_of_t3(given) or (None if _is_auto(given) else methods["t3"])
+        method = method_of_t3(given) or (None if _is_auto(given) else method)
+    return method
+
+
+def _elsewhere(below: _Layer, t3: str | None) -> dict[str, str]:
+    """What a switch for a part finds said in other places: the parts' methods in those below, T3's in all of them."""
+    methods = {component: below[field].value for component, field in FIELDS.items() if field in below} | {"t3": t3}
     return {component: method for component, method in methods.items() if isinstance(method, str)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 from chatterbox_vllm.bench.client import Answer
 from chatterbox_vllm.bench.observers import ServerView
 from chatterbox_vllm.errors import ConfigurationError, MissingDependency
+from chatterbox_vllm.files import write_whole
 
 PLOTS: Final = (".png", ".svg", ".pdf")
 _LABEL_SHARE: Final = 0.1
@@ -189,6 +191,17 @@ def _matplotlib() -> Any:
         raise MissingDependency("matplotlib", purpose="for --plot", command=command) from error
 
 
+def save(figure: Any, path: Path) -> None:
+    """Draws the whole file or none of it; ``check_plot`` first.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format=path.suffix.removeprefix("."))
+    write_whole(path, drawing.getvalue(), "--plot")
+
+
 def wide_figure(title: str) -> Any:
     """A ``matplotlib.figure.Figure`` for three panels side by side.
 
@@ -228,4 +241,4 @@ def plot(path: Path, levels: Sequence[Level], *, title: str, axis: str) -> None:
         panel.minorticks_off()  # a logarithmic axis labels them
         panel.grid(visible=True, alpha=0.3)
     gaps.set_ylim(0, 100)
-    figure.savefig(path)
+    save(figure, path)

@@ -39,16 +39,21 @@ _SENTENCES: Final = (
 
 
 def read(file: Path, param: str) -> list[str]:
-    """The texts of a file, one a line.
+    """The texts of a file, one a line; see ``lines``."""
+    return list(lines(file, param).values())
+
+
+def lines(file: Path, param: str) -> dict[int, str]:
+    """The texts of a file by the numbers of their lines, of which blank ones hold none.
 
     Raises:
         ConfigurationError: it cannot be read, or has none; names the option ``param``.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        found = enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{param} {file} cannot be read as UTF-8 ({error})", param=param) from error
-    if not (texts := [line.strip() for line in lines if line.strip()]):
+    if not (texts := {number: line.strip() for number, line in found if line.strip()}):
         raise ConfigurationError(f"{param} {file} holds no text; write a text on each line", param=param)
     return texts
 

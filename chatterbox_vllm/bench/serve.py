@@ -25,7 +25,7 @@ from chatterbox_vllm.bench.observers import Counters, Gpu, Lag
 from chatterbox_vllm.bench.options import count, output, positive
 from chatterbox_vllm.bench.report import Level
 from chatterbox_vllm.errors import ConfigurationError, EngineError
-from chatterbox_vllm.files import write_whole
+from chatterbox_vllm.files import write_json
 
 KEY: Final = "OPENAI_API_KEY"
 """Where OpenAI's clients look for the key."""
@@ -233,6 +233,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     check(arguments)
     result = asyncio.run(run(arguments))
-    if arguments.json is not None:
-        write_whole(arguments.json, json.dumps(result, indent=1).encode(), "--json")
+    write_json(arguments.json, result)
     return 0

@@ -16,7 +16,7 @@ import torch
 from chatterbox_vllm.bench.options import count, output
 from chatterbox_vllm.bench.workload import TEXT_TOKENS, random_text, random_voice
 from chatterbox_vllm.checkpoint import cache_dir, resolve
-from chatterbox_vllm.files import write_whole
+from chatterbox_vllm.files import write_json
 from chatterbox_vllm.quantization.policy import canonical
 from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
@@ -123,6 +123,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     report = asyncio.run(run(arguments))
-    if arguments.json is not None:
-        write_whole(arguments.json, json.dumps(report, indent=1).encode(), "--json")
+    write_json(arguments.json, report)
     return 0

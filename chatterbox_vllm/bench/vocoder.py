@@ -10,7 +10,6 @@ busy / wall; gaps between the kernels of a CUDA graph count as idle, too. On a C
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from chatterbox_vllm.bench.options import count, output, positive
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
-from chatterbox_vllm.files import write_whole
+from chatterbox_vllm.files import write_json
 from chatterbox_vllm.types import SAMPLE_RATE, TOKEN_RATE, VoiceFeatures
 from chatterbox_vllm.vocoder.stage import Vocoder
 from chatterbox_vllm.vocoder.utterance import Chunk
@@ -229,6 +228,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = parser().parse_args(argv)
     report = run(arguments)
-    if arguments.json is not None:
-        write_whole(arguments.json, json.dumps(report, indent=1).encode(), "--json")
+    write_json(arguments.json, report)
     return 0

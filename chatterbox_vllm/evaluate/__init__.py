@@ -9,7 +9,6 @@ what each says by itself.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -26,7 +25,7 @@ from chatterbox_vllm.evaluate import report
 from chatterbox_vllm.evaluate.compare import Comparison, prepare, summary
 from chatterbox_vllm.evaluate.methods import check_comparable, contender
 from chatterbox_vllm.evaluate.sound import Recogniser
-from chatterbox_vllm.files import write_whole
+from chatterbox_vllm.files import write_json
 from chatterbox_vllm.types import MAX_SPEECH_TOKENS, SpeechOptions, VoiceFeatures
 from chatterbox_vllm.voices.library import VoiceLibrary
 
@@ -62,12 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_device(arguments.device)
     options = SpeechOptions(seed=arguments.seed, max_tokens=arguments.max_tokens, diffusion_steps=arguments.steps)
     own = [sentences.text(seed, _SECONDS) for seed in range(OWN_TEXTS)]
-    texts = own if arguments.texts is None else sentences.read(arguments.texts, "--texts")
+    texts = dict(enumerate(own, start=1)) if arguments.texts is None else sentences.lines(arguments.texts, "--texts")
     checkpoint = resolve(arguments.model)
     a = contender(arguments.method, checkpoint, "--method")
     b = contender(arguments.against, checkpoint, "--against")
     check_comparable(a, b)
-    prepared = prepare(texts, _places(arguments.texts, len(texts)), b.checkpoint, arguments.language)
+    where = "--texts: text" if arguments.texts is None else f"--texts {arguments.texts}: line"
+    places = [f"{where} {number}" for number in texts]
+    prepared = prepare(list(texts.values()), places, b.checkpoint, arguments.language)
     recogniser = None if arguments.asr is None else Recogniser(arguments.asr, arguments.device)
     voice = _voice(checkpoint, arguments.voice, arguments.device)
     comparison = Comparison(a, b, device=arguments.device, recogniser=recogniser)
@@ -77,20 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(a, b, found))
     if is_demo:
         print(f"\n{report.RANDOM}")
-    if arguments.json is not None:
-        content = report.as_json(vars(arguments), a, b, found, rows, is_demo=is_demo)
-        write_whole(arguments.json, json.dumps(content, indent=1).encode(), "--json")
+    write_json(arguments.json, report.as_json(vars(arguments), a, b, found, rows, is_demo=is_demo))
     if arguments.plot is not None:
         report.plot(arguments.plot, a, b, rows, is_demo=is_demo)
     return 0
-
-
-def _places(file: Path | None, count: int) -> list[str]:
-    """Where each text is, for errors: its line in the file, blank ones counted; a pipe cannot be read again."""
-    if file is None or not file.is_file():
-        return [f"--texts: text {number}" for number in range(1, count + 1)]
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [f"--texts {file}: line {number}" for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _check_device(asked: str) -> None:

@@ -7,7 +7,6 @@ too, a row at a time, as T3's kernels do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -63,7 +62,7 @@ def contender(word: str, checkpoint: Checkpoint, origin: str) -> Contender:
             "made from",
             param=origin,
         )
-    return Contender(checkpoint, replace(policy, t3=stored.method))
+    return Contender(checkpoint, policy.but(t3=stored.method))
 
 
 def _policy(word: str, origin: str) -> Policy:

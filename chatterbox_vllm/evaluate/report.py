@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from chatterbox_vllm.bench.report import wide_figure
+from chatterbox_vllm.bench.report import save, wide_figure
 from chatterbox_vllm.evaluate.compare import OfText, Summary
 from chatterbox_vllm.evaluate.methods import Contender
-from chatterbox_vllm.files import write_whole
 from chatterbox_vllm.quantization.policy import Method
 
 RANDOM: Final = (
@@ -103,6 +101,4 @@ def plot(path: Path, a: Contender, b: Contender, texts: Sequence[OfText], *, is_
     speakers.legend()
     for panel in (mels, speakers):
         panel.xaxis.get_major_locator().set_params(integer=True)
-    drawing = io.BytesIO()
-    figure.savefig(drawing, format=path.suffix.removeprefix("."))
-    write_whole(path, drawing.getvalue(), "--plot")
+    save(figure, path)

@@ -233,7 +233,7 @@ class QuantizationMemoryEstimator:
     def estimate(self, policy: Policy) -> Estimate:
         """What the engine will keep under ``policy``."""
         if self._stored.method != Method.NONE:
-            policy = Policy(**policy.methods | {"t3": self._stored.method}, strategy=policy.strategy)
+            policy = policy.but(t3=self._stored.method)
         methods = policy.methods
         return Estimate(policy, tuple(self._part(name, methods.get(name, Method.NONE)) for name in COMPONENTS))
 

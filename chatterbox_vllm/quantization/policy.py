@@ -144,9 +144,10 @@ class Policy:
         """For a checkpoint whose T3 may be quantised: a strategy leaves that as it is, and has the other parts."""
         if stored.method == Method.NONE or self.strategy in (None, QuantizationStrategy.AUTO):
             return self
-        return self._but(t3=stored.method)
+        return self.but(t3=stored.method)
 
-    def _but(self, **methods: str) -> Policy:
+    def but(self, **methods: str) -> Policy:
+        """With other methods for some components, by the same name."""
         return Policy(**self.methods | methods, strategy=self.strategy)
 
     def on_cpu(self, *, strict: bool = False) -> Policy:
@@ -164,7 +165,7 @@ class Policy:
                 f"{method} ({name}) needs an NVIDIA GPU; on a CPU leave it out, or use int8", param="quantization"
             )
         logger.warning("the strategy %s needs an NVIDIA GPU; on this CPU its parts are int8", self.strategy)
-        return self._but(**dict.fromkeys(gpu_only, str(Method.INT8)))
+        return self.but(**dict.fromkeys(gpu_only, str(Method.INT8)))
 
     def weaker(self) -> Policy | None:
         """The strategy to try when this one failed: the next that quantises less; None after the last."""
@@ -198,9 +199,8 @@ class Policy:
                 f"{file}: {', '.join(unknown)} is no component; there are {', '.join(COMPONENTS)}",
                 param="quantization_profile",
             )
-        methods = {name: canonical(value, f"{file}: {name}") for name, value in content.items()}
         try:
-            return cls(**methods)
+            return cls(**content)
         except ConfigurationError as error:
             raise ConfigurationError(f"{file}: {error}", param="quantization_profile") from error
 
