@@ -21,7 +21,7 @@ from chatterbox_vllm.costs import BLOCK, MIB, Choice, Demand, Item, cache_bytes,
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.estimate import Estimate, QuantizationMemoryEstimator
 from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy, QuantizationStrategy
-from chatterbox_vllm.t3.graph_sizes import LARGEST, graph_sizes
+from chatterbox_vllm.t3.graph_sizes import LARGEST_BATCH, PROMPT_POSITIONS, graph_sizes, step_graph_sizes
 from chatterbox_vllm.types import MAX_MODEL_LEN
 from chatterbox_vllm.vocoder.stage import MAX_FRAMES
 
@@ -32,8 +32,6 @@ SHORTEST: Final = 128
 _FEWEST_TOKENS: Final = 256
 _MOST_TOKENS: Final = 2_048
 """Of T3 in one step; vLLM's default."""
-_PROMPT_TOKENS: Final = 128
-"""Of a usual prompt: a step need not hold more of them than there are requests."""
 _BATCHES: Final = tuple(2**power for power in range(8, -1, -1))
 """What ``max_batch_size`` may be when it is left open."""
 _UNITS: Final[Mapping[str, int]] = MappingProxyType(
@@ -190,7 +188,7 @@ class _Sum:
 
     def least(self, batch: int) -> Choice:
         """The least that works: graphs for batches that double, one utterance at a time in the vocoder."""
-        largest = min(batch, LARGEST)
+        largest = min(batch, LARGEST_BATCH)
         return Choice(
             batch=batch,
             tokens=max(_FEWEST_TOKENS, batch),
@@ -206,6 +204,8 @@ class _Sum:
         yield from (_more_tokens, _more_graphs)
         if self.demand.vocoder_on_card and self.demand.vocoder_process is None:
             yield _with_own_process
+        if self.demand.step_graphs:
+            yield _with_step_graphs
         yield _with_enrolment
 
     def items(self, choice: Choice) -> tuple[Item, ...]:
@@ -228,8 +228,8 @@ class _Sum:
                 "max_num_seqs": choice.batch,
                 "max_model_len": demand.max_model_len,
                 "max_num_batched_tokens": choice.tokens,
-                "cudagraph_capture_sizes": list(choice.graphs),
-                "compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"},
+                "cudagraph_capture_sizes": sorted({*choice.graphs, *choice.step_graphs}),
+                "compilation_config": {"cudagraph_mode": "FULL" if choice.step_graphs else "FULL_DECODE_ONLY"},
             },
             vocoder_max_frames=choice.frames if demand.vocoder_on_card else None,
             vocoder_process=choice.own_process if demand.vocoder_on_card else demand.vocoder_process is not False,
@@ -247,7 +247,7 @@ def _more_frames(longest: int) -> Callable[[Choice], Choice]:
 
 
 def _more_tokens(choice: Choice) -> Choice:
-    most = min(_PROMPT_TOKENS * choice.batch, _MOST_TOKENS)
+    most = min(PROMPT_POSITIONS * choice.batch, _MOST_TOKENS)
     return replace(choice, tokens=max(choice.tokens, min(2 * choice.tokens, most)))
 
 
@@ -259,6 +259,12 @@ def _more_graphs(choice: Choice) -> Choice:
 def _with_own_process(choice: Choice) -> Choice:
     """A fault in the vocoder then leaves T3 alone."""
     return replace(choice, own_process=True)
+
+
+def _with_step_graphs(choice: Choice) -> Choice:
+    """The first tokens of many requests at once come twice as early."""
+    sizes = (size for size in step_graph_sizes(choice.batch) if size <= choice.tokens)
+    return replace(choice, step_graphs=tuple(sizes))
 
 
 def _with_enrolment(choice: Choice) -> Choice:

@@ -94,6 +94,7 @@ class Demand:
         vocoder_workers: of all devices; several cannot share T3's process.
         itemsize, vocoder_itemsize: bytes of a number of the stages' dtypes.
         multiprocessors: of the card; a CUDA context grows with them. An H200 has 132.
+        step_graphs: whether a step of T3 that reads prompts can be one graph on the card (``launch.has_step_graphs``).
     """
 
     checkpoint: Files
@@ -105,6 +106,7 @@ class Demand:
     itemsize: int = 2
     vocoder_itemsize: int = 2
     multiprocessors: int = 132
+    step_graphs: bool = False
 
     @property
     def needs_own_process(self) -> bool:
@@ -131,6 +133,7 @@ class Choice:
         batch: utterances at once.
         tokens: of T3 in one step.
         graphs: batch sizes for which T3 has a CUDA graph.
+        step_graphs: positions of a step that may read prompts for which it has one, too.
         frames: the most mel frames that the vocoder has in work at once.
         own_process: whether the vocoder has a process of its own, and so a CUDA context.
         enrolment_on_card: whether new voices are enrolled on the card, in the server's process.
@@ -141,7 +144,14 @@ class Choice:
     graphs: tuple[int, ...]
     frames: int
     own_process: bool
+    step_graphs: tuple[int, ...] = ()
     enrolment_on_card: bool = False
+
+    @property
+    def t3_graphs(self) -> int:
+        """How many T3 has. What reads prompts has all sizes, and decoding those, too, up to a whole batch."""
+        sizes = {*self.graphs, *self.step_graphs}
+        return len(sizes) + len({min(size, self.batch) for size in sizes}) if self.step_graphs else len(self.graphs)
 
 
 def items(demand: Demand, choice: Choice, weights: Estimate, sizes: T3Sizes) -> tuple[Item, ...]:
@@ -167,7 +177,7 @@ def items(demand: Demand, choice: Choice, weights: Estimate, sizes: T3Sizes) -> 
         Item("T3's embeddings, head, norms, angles", weights["t3_embeddings"].after, exact=True),
         Item(f"T3's cache, {choice.batch} x {demand.max_model_len} positions", cache, exact=True),
         Item(f"T3's activations, {choice.tokens} tokens", activations),
-        Item(f"T3's graphs, {len(choice.graphs)} sizes", len(choice.graphs) * T3_GRAPH_BYTES),
+        Item(f"T3's graphs, {choice.t3_graphs} of them", choice.t3_graphs * T3_GRAPH_BYTES),
     ]
     if demand.vocoder_on_card:
         # In one process, each stage uses what the other one leaves in torch's pieces of memory. Measured.

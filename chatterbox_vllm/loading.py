@@ -24,7 +24,7 @@ from chatterbox_vllm.quantization.policy import STRATEGIES, VOCODER, Method, Pol
 from chatterbox_vllm.t3.card import card_memory
 from chatterbox_vllm.t3.footprint import T3Footprint
 from chatterbox_vllm.t3.generator import T3Generator
-from chatterbox_vllm.t3.launch import launch
+from chatterbox_vllm.t3.launch import has_step_graphs, launch
 from chatterbox_vllm.tenancy import EXTENSION
 from chatterbox_vllm.vocoder.blueprint import Blueprint
 from chatterbox_vllm.vocoder.footprint import VocoderFootprint
@@ -178,7 +178,8 @@ def _demand(setup: Setup) -> Demand:
     )
     if not torch.cuda.is_available():
         return demand
-    return replace(demand, multiprocessors=torch.cuda.get_device_properties(0).multi_processor_count)
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    return replace(demand, multiprocessors=multiprocessors, step_graphs=has_step_graphs())
 
 
 async def load(setup: Setup, *, strict: bool) -> tuple[Setup, Stages]:

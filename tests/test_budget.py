@@ -12,7 +12,16 @@ from vllm import AsyncEngineArgs
 from chatterbox_vllm.budget import Plan, choose_strategy, compare, parse_bytes, plan
 from chatterbox_vllm.checkpoint import Checkpoint, resolve
 from chatterbox_vllm.convert import quantize
-from chatterbox_vllm.costs import BLOCK, MIB, Demand, cache_bytes, context_bytes, longest_frames, position_bytes
+from chatterbox_vllm.costs import (
+    BLOCK,
+    MIB,
+    T3_GRAPH_BYTES,
+    Demand,
+    cache_bytes,
+    context_bytes,
+    longest_frames,
+    position_bytes,
+)
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import STRATEGIES, Policy
 from chatterbox_vllm.settings import PRESETS
@@ -146,6 +155,27 @@ def test_the_least_of_t3(demand: Demand, batch: int, captured: list[int]) -> Non
     assert arguments["max_num_batched_tokens"] >= max(256, batch)
     assert arguments["compilation_config"] == {"cudagraph_mode": "FULL_DECODE_ONLY"}
     assert arguments["cudagraph_capture_sizes"] == sorted({*captured, batch})
+
+
+def test_steps_that_read_prompts_have_graphs_where_there_is_room(demand: Demand) -> None:
+    """On a card that can have them; as large as a step, and counted."""
+    demand = replace(demand, max_batch_size=8)
+    without, with_graphs = (plan(2**34, replace(demand, step_graphs=each)) for each in (False, True))
+    assert without.t3_arguments["compilation_config"] == {"cudagraph_mode": "FULL_DECODE_ONLY"}
+    assert with_graphs.t3_arguments["compilation_config"] == {"cudagraph_mode": "FULL"}
+    sizes = with_graphs.t3_arguments["cudagraph_capture_sizes"]
+    assert max(sizes) == with_graphs.t3_arguments["max_num_batched_tokens"] == 1024
+    decoding = {1, 2, 4, 8}
+    (graphs,) = [item for item in with_graphs.items if item.name.startswith("T3's graphs")]
+    assert graphs.name == f"T3's graphs, {len(sizes) + len(decoding)} of them"
+    assert with_graphs.total - without.total == len(sizes) * T3_GRAPH_BYTES
+
+
+def test_without_room_for_graphs_of_prompts_it_goes_without(demand: Demand) -> None:
+    demand = replace(demand, step_graphs=True)
+    made = plan(least(demand), demand)
+    assert made.t3_arguments["compilation_config"] == {"cudagraph_mode": "FULL_DECODE_ONLY"}
+    assert made.total == plan(least(demand), replace(demand, step_graphs=False)).total
 
 
 def test_just_enough_is_enough(demand: Demand) -> None:

@@ -379,9 +379,14 @@ def test_graphs_of_whole_steps_where_flash_attention_3_is(
     made = AsyncEngineArgs(model=folder, **engine_arguments(config, {"max_num_seqs": 100}))
     assert made.compilation_config.cudagraph_mode == CUDAGraphMode.FULL
     sizes = made.cudagraph_capture_sizes or []
-    assert {1, 104, 256} <= set(sizes)
-    assert max(sizes) == 256
-    assert max(engine_arguments(config, {"max_num_seqs": 300})["cudagraph_capture_sizes"]) == 512
+    assert {1, 104, 256, 512, 1024, 2048} <= set(sizes), "64 prompts at once are read in steps of so many positions"
+    assert max(sizes) == 2048
+
+    def largest(**given: int) -> int:
+        return max(engine_arguments(config, given)["cudagraph_capture_sizes"])
+
+    assert (largest(max_num_seqs=1), largest(max_num_seqs=4), largest(max_num_seqs=300)) == (256, 512, 2048)
+    assert largest(max_num_seqs=300, max_num_batched_tokens=1000) == 768, "no step is larger"
     for given in ({"compilation_config": {}}, {"max_cudagraph_capture_size": 8}, {"enforce_eager": True}):
         arguments = engine_arguments(config, given)
         assert arguments | given == arguments

@@ -114,6 +114,16 @@ def test_a_smaller_card_has_smaller_contexts(demo: Checkpoint, capsys: pytest.Ca
     assert needed(28) < needed(132)
 
 
+def test_a_card_that_is_no_hopper_has_fewer_graphs(demo: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    def mode(*more: str) -> str:
+        command = ["--model", str(demo.folder), "--vram-budget", "64GiB", "--max-batch-size", "1", "--json", *more]
+        assert main(command) == 0
+        return str(json.loads(capsys.readouterr().out)["plan"]["t3_arguments"]["compilation_config"])
+
+    assert "DECODE_ONLY" in mode("--no-step-graphs")
+    assert "DECODE_ONLY" not in mode()
+
+
 def test_what_does_not_fit_is_refused(demo: Checkpoint) -> None:
     with pytest.raises(ConfigurationError, match="what would fit"):
         main(["--model", str(demo.folder), "--vram-budget", "512MiB"])

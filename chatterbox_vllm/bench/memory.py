@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     computed.add_argument(
         "--multiprocessors", type=count, default=132, metavar="N", help="of the card (default: 132, an H200's)"
     )
+    computed.add_argument("--no-step-graphs", action="store_true", help="it is no Hopper GPU")
     live = made.add_argument_group("measured")
     live.add_argument("--url", help="of a running server, as http://127.0.0.1:8000")
     live.add_argument("--requests", type=count, default=4, help="that it speaks first, at once (default: %(default)s)")
@@ -81,6 +82,7 @@ def computed(arguments: argparse.Namespace) -> dict[str, Any]:
         max_model_len=arguments.max_model_len,
         vocoder_on_card=not arguments.vocoder_elsewhere,
         multiprocessors=arguments.multiprocessors,
+        step_graphs=not arguments.no_step_graphs,
     )
     asked = _policy(arguments)
     estimates = demand.estimator.compare_strategies()

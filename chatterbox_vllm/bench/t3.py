@@ -56,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
 
 async def measure(t3: T3Generator, requests: int, options: SpeechOptions, rounds: int) -> Result:
     """Runs ``rounds`` rounds of ``requests`` concurrent utterances, which speak all tokens that they may."""
-    await _round(t3, requests, options.but(max_tokens=min(options.max_tokens, 50)))
+    await speak(t3, requests, options.but(max_tokens=min(options.max_tokens, 50)))
     seconds, spoken, firsts = [], 0, []
     for _ in range(rounds):
         started = time.perf_counter()
-        counts, waits = await _round(t3, requests, options)
+        counts, waits = await speak(t3, requests, options)
         seconds.append(time.perf_counter() - started)
         spoken = sum(counts)
         firsts += waits
@@ -68,7 +68,8 @@ async def measure(t3: T3Generator, requests: int, options: SpeechOptions, rounds
     return Result(requests, spoken, rate, rate / TOKEN_RATE, 1000 * requests / rate, 1000 * median(firsts))
 
 
-async def _round(t3: T3Generator, requests: int, options: SpeechOptions) -> tuple[list[int], list[float]]:
+async def speak(t3: T3Generator, requests: int, options: SpeechOptions) -> tuple[list[int], list[float]]:
+    """So many utterances at once, of all the tokens that ``options`` allow: how many they got, seconds to the first."""
     voice = random_voice(0)
 
     async def one(index: int) -> tuple[int, float]:

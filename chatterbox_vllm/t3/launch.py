@@ -34,7 +34,7 @@ from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import converted
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.generator import T3Generator
-from chatterbox_vllm.t3.graph_sizes import graph_sizes
+from chatterbox_vllm.t3.graph_sizes import LARGEST, step_graph_sizes
 from chatterbox_vllm.t3.methods import CONVERTED, method_arguments
 from chatterbox_vllm.t3.orphans import CORE
 from chatterbox_vllm.t3.prompt import OVERHEAD
@@ -53,8 +53,6 @@ _SPLITS = 1
 _GRAPHS = {"compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "enforce_eager"}
 """Arguments that say which CUDA graphs there are: with one of the caller's, none of ours."""
 _REQUESTS = 256
-_PROMPT = 256
-"""Positions of a step for which there is always a graph: a prompt has ``OVERHEAD``, and its text about one a letter."""
 # T3 shares the card with the vocoder; on a CPU this share of the free memory is the most the KV cache takes.
 CPU_CACHE_SHARE = 0.4
 _NO_SHARE = 0.001
@@ -154,17 +152,18 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
             size = given.get("block_size")
             block = size if isinstance(size, int) and size > 0 else _CPU_BLOCK
             defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
-    elif _has_step_graphs() and not _GRAPHS & given.keys():
+    elif has_step_graphs() and not _GRAPHS & given.keys():
         defaults["compilation_config"] = {"cudagraph_mode": "FULL"}
-        # As many as vLLM's, and beside few requests those that a prompt fits into.
-        defaults["cudagraph_capture_sizes"] = graph_sizes(max(2 * given.get("max_num_seqs", _REQUESTS), _PROMPT))
+        sizes = step_graph_sizes(given.get("max_num_seqs", _REQUESTS))
+        most = given.get("max_num_batched_tokens") or LARGEST
+        defaults["cudagraph_capture_sizes"] = [size for size in sizes if size <= most]
     if not current_platform.is_cpu() and given.get("kv_cache_memory_bytes") is not None:
         # The cache's size is settled; a share of the card would only be compared with what is free at the start.
         of_method["gpu_memory_utilization"] = _NO_SHARE
     return {**defaults, **given, **of_method}
 
 
-def _has_step_graphs() -> bool:
+def has_step_graphs() -> bool:
     """Whether a step that reads prompts can be one graph, which takes FlashAttention 3, and ``graphs.StepGraphs``."""
     return current_platform.is_device_capability_family(90) and envs.VLLM_USE_V2_MODEL_RUNNER is not False
 
