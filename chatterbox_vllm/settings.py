@@ -550,7 +550,7 @@ def _build(chosen: _Layer) -> Settings:
     if unknown:
         raise ConfigurationError(f"unknown settings: {', '.join(chosen[name].origin for name in sorted(unknown))}")
     try:
-        return Settings.model_validate({name: given.value for name, given in chosen.items()})
+        made = Settings.model_validate({name: given.value for name, given in chosen.items()})
     except ValidationError as error:
         problems = error.errors(include_url=False)
         names = dict.fromkeys(str(problem["loc"][0]) for problem in problems if problem["loc"])
@@ -560,6 +560,13 @@ def _build(chosen: _Layer) -> Settings:
             raise ConfigurationError(told, param=origins[0]) from None
         lines = [_complaint(name, chosen[name]) for name in names]
         raise ConfigurationError("\n".join(lines), param=chosen[next(iter(names))].origin) from None
+    try:
+        _ = made.policy
+    except ConfigurationError as error:
+        field = FIELDS.get(error.param or "", "")
+        origin = chosen[field].origin if field in chosen else error.param
+        raise ConfigurationError(f"{origin}: {error}", param=origin) from None
+    return made
 
 
 def _complaint(name: str, given: _Value) -> str:

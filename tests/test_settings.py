@@ -247,6 +247,10 @@ def test_sparing_a_part_does_not_switch_auto_off(flags: dict[str, Any], told: st
             "CHATTERBOX_QUANTIZATION=bnb 4bit: must be a name of letters, digits, _ and -",
         ),
         (
+            {"CHATTERBOX_ESTIMATOR_QUANTIZATION": "awq"},
+            "CHATTERBOX_ESTIMATOR_QUANTIZATION: estimator cannot be awq; it can be bnb-4bit, bnb-8bit, int8, none",
+        ),
+        (
             {"CHATTERBOX_FIRST_CHUNK_TOKENS": "300"},
             "CHATTERBOX_FIRST_CHUNK_TOKENS: first_chunk_tokens=300 is more than largest_chunk_tokens=240; lower the",
         ),
