@@ -25,13 +25,16 @@ from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.launch import launch
 from chatterbox_vllm.types import SpeechOptions
 
+WARM_UP = 2
+"""Rounds of each that are not counted."""
+
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--models", nargs="+", default=["demo"], metavar="MODEL", help="MODEL, or MODEL=METHOD")
     made.add_argument("--requests", type=count, default=64, help="at once (default: %(default)s)")
     made.add_argument("--tokens", type=count, default=250, help="a request (default: %(default)s = 10 s)")
-    made.add_argument("--rounds", type=count, default=20, help="of each, after two that are not counted")
+    made.add_argument("--rounds", type=count, default=20, help=f"of each, after {WARM_UP} that are not counted")
     made.add_argument("--max-model-len", type=count, default=1024)
     made.add_argument("--json", type=output)
     return made
@@ -65,11 +68,11 @@ async def run(arguments: argparse.Namespace) -> dict[str, list[float]]:
         for named in arguments.models:
             t3 = await asyncio.to_thread(launched, arguments, named)
             engines.append(t3)
-        rounds = [[await seconds(t3, arguments) for t3 in engines] for _ in range(2 + arguments.rounds)]
+        rounds = [[await seconds(t3, arguments) for t3 in engines] for _ in range(WARM_UP + arguments.rounds)]
     finally:
         for t3 in engines:
             t3.shutdown()
-    return {name: list(own) for name, own in zip(arguments.models, zip(*rounds[2:], strict=True), strict=True)}
+    return {name: list(own) for name, own in zip(arguments.models, zip(*rounds[WARM_UP:], strict=True), strict=True)}
 
 
 def lines(times: dict[str, list[float]], tokens: int) -> Sequence[str]:

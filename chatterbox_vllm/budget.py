@@ -263,8 +263,7 @@ def _with_own_process(choice: Choice) -> Choice:
 
 def _with_step_graphs(choice: Choice) -> Choice:
     """The first tokens of many requests at once come twice as early."""
-    sizes = (size for size in step_graph_sizes(choice.batch) if size <= choice.tokens)
-    return replace(choice, step_graphs=tuple(sizes))
+    return replace(choice, step_graphs=tuple(step_graph_sizes(choice.batch, choice.tokens)))
 
 
 def _with_enrolment(choice: Choice) -> Choice:

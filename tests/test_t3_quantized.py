@@ -387,6 +387,8 @@ def test_graphs_of_whole_steps_where_flash_attention_3_is(
 
     assert (largest(max_num_seqs=1), largest(max_num_seqs=4), largest(max_num_seqs=300)) == (256, 512, 2048)
     assert largest(max_num_seqs=300, max_num_batched_tokens=1000) == 768, "no step is larger"
+    for name in ("max_num_seqs", "max_num_batched_tokens"):
+        assert engine_arguments(config, {name: "many"})[name] == "many", "vLLM complains of it"
     for given in ({"compilation_config": {}}, {"max_cudagraph_capture_size": 8}, {"enforce_eager": True}):
         arguments = engine_arguments(config, given)
         assert arguments | given == arguments

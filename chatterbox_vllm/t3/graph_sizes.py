@@ -23,6 +23,6 @@ def graph_sizes(most: int) -> list[int]:
     return [size for size in _SIZES if size <= most]
 
 
-def step_graph_sizes(requests: int) -> list[int]:
-    """For steps that read prompts, of an engine with room for so many requests."""
-    return graph_sizes(max(PROMPT_POSITIONS * requests, _FEWEST))
+def step_graph_sizes(requests: int, positions: int) -> list[int]:
+    """For steps that read prompts, of an engine with room for so many requests, and positions in a step."""
+    return graph_sizes(min(max(PROMPT_POSITIONS * requests, _FEWEST), positions))

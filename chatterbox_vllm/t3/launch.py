@@ -149,18 +149,22 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
         # vLLM's CPU runner fails on a seeded request whose prefill is cut in two, and takes the engine with it.
         defaults |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(length, 2048)}
         if "kv_cache_memory_bytes" not in given and "num_gpu_blocks_override" not in given:
-            size = given.get("block_size")
-            block = size if isinstance(size, int) and size > 0 else _CPU_BLOCK
-            defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, given.get("max_num_seqs", 32), block)
+            block, requests = _count(given, "block_size", _CPU_BLOCK), _count(given, "max_num_seqs", 32)
+            defaults["kv_cache_memory_bytes"] = _cpu_cache_bytes(config, length, requests, block)
     elif has_step_graphs() and not _GRAPHS & given.keys():
         defaults["compilation_config"] = {"cudagraph_mode": "FULL"}
-        sizes = step_graph_sizes(given.get("max_num_seqs", _REQUESTS))
-        most = given.get("max_num_batched_tokens") or LARGEST
-        defaults["cudagraph_capture_sizes"] = [size for size in sizes if size <= most]
+        requests, positions = _count(given, "max_num_seqs", _REQUESTS), _count(given, "max_num_batched_tokens", LARGEST)
+        defaults["cudagraph_capture_sizes"] = step_graph_sizes(requests, positions)
     if not current_platform.is_cpu() and given.get("kv_cache_memory_bytes") is not None:
         # The cache's size is settled; a share of the card would only be compared with what is free at the start.
         of_method["gpu_memory_utilization"] = _NO_SHARE
     return {**defaults, **given, **of_method}
+
+
+def _count(given: Mapping[str, Any], name: str, otherwise: int) -> int:
+    """What is given by that name; where it is no number, vLLM says so."""
+    value = given.get(name)
+    return value if isinstance(value, int) and value > 0 else otherwise
 
 
 def has_step_graphs() -> bool:
