@@ -23,8 +23,12 @@ def get_optimal_dtype(device: str | torch.device | None = None) -> torch.dtype:
 
     Args:
         device: default: the GPU, if there is one.
+
+    Raises:
+        ConfigurationError: there is no such device.
     """
-    return best_dtype(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    wanted = device_of("device", str(device)) if device else ("cuda" if torch.cuda.is_available() else "cpu")
+    return best_dtype(torch.device(wanted))
 
 
 def policy_of(quantization: Policy | str | None, engine_args: dict[str, Any]) -> Policy:

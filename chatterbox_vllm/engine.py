@@ -29,13 +29,14 @@ from chatterbox_vllm.parts import speaking, together, vocoded_whole
 from chatterbox_vllm.quantization.policy import Policy
 from chatterbox_vllm.streaming import vocoded
 from chatterbox_vllm.t3.generator import STALLED_SECONDS
-from chatterbox_vllm.t3.prompt import STREAM_INTERVAL
+from chatterbox_vllm.t3.prompt import LEAST_MODEL_LEN, STREAM_INTERVAL
 from chatterbox_vllm.text.frontend import TextFrontend
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
 from chatterbox_vllm.text.tokenise import load_tokenizer
 from chatterbox_vllm.types import (
     AT_ONCE,
     CHUNK_LENGTHS,
+    MAX_MODEL_LEN,
     MAX_TEXT_TOKENS,
     SAMPLE_RATE,
     Listening,
@@ -149,6 +150,7 @@ class AsyncChatterbox:
             CheckpointError, ConfigurationError, MissingDependency: named and with their remedy.
         """
         check("max_batch_size", 1 if max_batch_size is None else max_batch_size, 1, 4096, int)
+        check("max_model_len", max_model_len, LEAST_MODEL_LEN, MAX_MODEL_LEN, int)
         check("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0, float)
         check("max_chunk_length", max_chunk_length, *CHUNK_LENGTHS, int)
         if "max_num_seqs" in engine_args:

@@ -99,6 +99,10 @@ def _bytes_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
 def _option(name: str, help_text: str) -> Any:
     """A sampling default: type, range and default are ``SpeechOptions``'."""
     low, high = OPTION_RANGES[name]
@@ -116,7 +120,7 @@ LanguageCode = Annotated[str, Field(pattern="^[a-z]{2}$"), annotated_types.doc("
 MethodName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_\-]+$"), annotated_types.doc("a name of letters, digits, _ and -")
 ]
-StrategyName = Literal["none", "conservative", "mixed", "aggressive", "auto"]
+StrategyName = Annotated[Literal["none", "conservative", "mixed", "aggressive", "auto"], BeforeValidator(_lower)]
 
 
 class Settings(BaseModel):
@@ -506,7 +510,7 @@ def _check_auto(chosen: _Layer, spelt: Sequence[Mapping[str, Given]]) -> None:
 
 
 def _is_auto(layer: Mapping[str, Given | _Value]) -> bool:
-    return "quantization_strategy" in layer and layer["quantization_strategy"].value == QuantizationStrategy.AUTO
+    return "quantization_strategy" in layer and _lower(layer["quantization_strategy"].value) == QuantizationStrategy.AUTO
 
 
 def _needs_method(layer: Mapping[str, Given | _Value]) -> bool:

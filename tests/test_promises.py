@@ -585,7 +585,7 @@ def test_c_what_stays_as_it_is(demo: Checkpoint) -> None:
     from chatterbox_vllm.vocoder.weights import load, quantize
 
     estimate = QuantizationMemoryEstimator(demo).estimate(STRATEGIES["aggressive"])
-    for kept in ("t3_embeddings", "hift", "vocoder_other", "estimator_convolutions"):
+    for kept in ("t3_embeddings", "hift", "vocoder_other"):
         assert estimate[kept].before == estimate[kept].after > 0
     networks, whole = load(demo.s3gen), load(demo.s3gen)
     quantize(networks, {"flow_encoder": "bnb-8bit", "estimator": "bnb-8bit"})
@@ -903,9 +903,12 @@ def test_e_int8_on_a_cpu(started: Started, demo: Checkpoint) -> None:
 def test_e_get_optimal_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cards before Ampere have no bfloat16."""
     assert get_optimal_dtype("cpu") == torch.float32
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for capability, wanted in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert get_optimal_dtype("cuda") == wanted
+    with pytest.raises(ConfigurationError, match="device must be cpu.*, not 'cuda:99'"):
+        get_optimal_dtype("cuda:99")
 
 
 def test_e_the_memory_test_runs_against_a_server(server: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,6 +137,13 @@ def test_a_higher_source_decides_about_quantisation() -> None:
     assert loaded({"quantization_strategy": "auto"}, {"CHATTERBOX_QUANTIZATION": "fp8"}).policy.strategy == "auto"
 
 
+def test_a_strategy_may_have_capitals() -> None:
+    """As a method may."""
+    assert loaded({"quantization_strategy": "Mixed"}).policy == STRATEGIES["mixed"]
+    auto = loaded(environment={"CHATTERBOX_QUANTIZATION_STRATEGY": "AUTO"}, deployment={"quantization": "int8"})
+    assert (auto.quantization_strategy, auto.policy.strategy) == ("auto", "auto")
+
+
 @pytest.mark.parametrize(
     ("said", "methods", "strategy"),
     [

@@ -44,6 +44,8 @@ def no_thread_is_left() -> Iterator[None]:
         ({"max_batch_size": "many"}, "must be an integer from 1 to 4096, not 'many'"),
         ({"max_batch_size": True}, "must be an integer from 1 to 4096, not True"),
         ({"max_model_len": 53}, r"must be an integer from 54 to \d+, not 53"),
+        ({"max_model_len": "640"}, r"must be an integer from 54 to \d+, not '640'"),
+        ({"max_model_len": 640.0, "vram_budget": "2GiB"}, r"must be an integer from 54 to \d+, not 640.0"),
         ({"max_model_len": 10**6}, r"must be an integer from 54 to \d+, not 1000000"),
         ({"gpu_memory_utilization": 1.01}, r"must be a number from 0\.01 to 1\.0, not 1\.01"),
         ({"gpu_memory_utilization": float("nan")}, r"must be a number from 0\.01 to 1\.0, not nan"),
@@ -69,7 +71,7 @@ def test_a_bad_engine_argument_is_named_with_its_range(
 ) -> None:
     """And before any process is started."""
     monkeypatch.setattr(launch.AsyncLLM, "__init__", lambda *_, **__: pytest.fail("an engine was started"))
-    (name,) = argument
+    name = next(iter(argument))
     with pytest.raises(ConfigurationError, match=f"^{name}.*{said}") as refusal:
         ChatterboxTTS.from_local(demo, **argument)
     assert refusal.value.param == name

@@ -23,8 +23,8 @@ class Weighed(FakeChatterbox):
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(pieces=1)
         parts = QuantizationMemoryEstimator(checkpoint).estimate(Policy(t3="int8"))
-        self.components = {name: parts[name].after for name in ("t3", "t3_embeddings", "flow_encoder", "hift")}
-        self.components["estimator"] = parts["estimator"].after + parts["estimator_convolutions"].after
+        own = ("t3", "t3_embeddings", "flow_encoder", "estimator", "hift")
+        self.components = {name: parts[name].after for name in own}
         self.components["other"] = parts["vocoder_other"].after
         self.budget: int | None = 2**31
         self.peak = self.reserved = 2**30
@@ -103,6 +103,17 @@ def test_the_table_of_a_budget(demo: Checkpoint, capsys: pytest.CaptureFixture[s
     assert report["plan"]["policy"]["estimator"] == "bnb-4bit"
     assert report["plan"]["bytes"] == sum(report["plan"]["items"].values())
     assert report["fits"]["none"]["max_batch_size"] == 1
+
+
+def test_a_budget_that_holds_nothing(demo: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a reader of JSON that is an answer, too; for a person an error."""
+    command = ["--model", str(demo.folder), "--vram-budget", "1MiB", "--quantization", "none"]
+    assert main([*command, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["plan"] == {"fits": False, "reason": report["failures"][0]}
+    assert "MiB" in report["plan"]["reason"]
+    with pytest.raises(ConfigurationError, match="vram_budget"):
+        main(command)
 
 
 def test_a_smaller_card_has_smaller_contexts(demo: Checkpoint, capsys: pytest.CaptureFixture[str]) -> None:

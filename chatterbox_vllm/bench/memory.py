@@ -5,7 +5,8 @@ what would be chosen to fit, or what is missing.
 
 With --url it has a running server speak, several requests at once, and then compares: the weights of each component
 with what is computed for --model (within 5 %), and what torch has reserved of the card with the budget that the
-server was started with. Exit status 1 says that one of them does not hold.
+server was started with. Exit status 1 says that one of them does not hold; with --json, also that a budget cannot hold
+what was asked for.
 """
 
 from __future__ import annotations
@@ -33,15 +34,11 @@ from chatterbox_vllm.types import MAX_MODEL_LEN
 TOLERANCE: Final = 0.05
 """How far what is computed may be from what is measured."""
 _STRATEGIES: Final = (*STRATEGIES, str(QuantizationStrategy.AUTO))
-_MEASURED: Final[Mapping[str, tuple[str, ...]]] = {
-    "t3": ("t3",),
-    "t3_embeddings": ("t3_embeddings",),
-    "flow_encoder": ("flow_encoder",),
-    "estimator": ("estimator", "estimator_convolutions"),
-    "hift": ("hift",),
-    "other": ("vocoder_other",),
+_MEASURED: Final[Mapping[str, str]] = {
+    **{name: name for name in ("t3", "t3_embeddings", "flow_encoder", "estimator", "hift")},
+    "other": "vocoder_other",
 }
-"""What a server weighs together, and of which of ``estimate.COMPONENTS`` it consists."""
+"""What a server weighs, and what ``estimate.COMPONENTS`` calls it."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print JSON instead of tables")
     computed = made.add_argument_group("computed")
     computed.add_argument("--quantization", metavar="METHOD", help=f"of T3: {', '.join(Method)}")
-    computed.add_argument("--quantization-strategy", choices=_STRATEGIES, help="of everything")
+    computed.add_argument("--quantization-strategy", type=str.lower, choices=_STRATEGIES, help="of everything")
     computed.add_argument("--vram-budget", metavar="BYTES", help="for everything together, as 2GiB")
     computed.add_argument("--max-batch-size", type=count, metavar="N", help="utterances at once (default: what fits)")
     computed.add_argument("--max-model-len", type=_length, default=1024, metavar="N", help="positions (default: 1024)")
@@ -74,7 +71,8 @@ def computed(arguments: argparse.Namespace) -> dict[str, Any]:
     """Weights under each strategy, and with a budget each strategy's plan. Prints tables, or nothing for JSON.
 
     Raises:
-        CheckpointError, ConfigurationError: the latter, too, where the budget cannot hold what was asked for.
+        CheckpointError, ConfigurationError: the latter, too, where the budget cannot hold what was asked for; with
+            --json that is one of the ``failures``.
     """
     demand = Demand(
         _checkpoint(arguments),
@@ -96,7 +94,12 @@ def computed(arguments: argparse.Namespace) -> dict[str, Any]:
     plans = budget.compare(available, demand)
     result["fits"] = {name: _summary(each) for name, each in plans.items()}
     _print(arguments, "\n" + "\n".join(f"{name:<14}{_told(each)}" for name, each in plans.items()))
-    chosen = budget.plan(available, demand, asked or Policy(strategy=QuantizationStrategy.AUTO))
+    try:
+        chosen = budget.plan(available, demand, asked or Policy(strategy=QuantizationStrategy.AUTO))
+    except ConfigurationError as error:
+        if not arguments.json:
+            raise
+        return result | {"plan": _summary(error), "failures": [str(error)]}
     _print(arguments, f"\n{chosen.policy.strategy or chosen.policy.method}\n{chosen.table()}")
     result["plan"] = _summary(chosen) | {
         "policy": chosen.policy.methods,
@@ -226,7 +229,7 @@ def _expected(arguments: argparse.Namespace, config: Mapping[str, Any], memory: 
     )
     estimated = estimator.estimate(Policy(**methods))
     workers = sum("vocoder" in process["name"] for process in memory["processes"])
-    found = {name: sum(estimated[part].after for part in parts) for name, parts in _MEASURED.items()}
+    found = {name: estimated[component].after for name, component in _MEASURED.items()}
     if on_cpu:  # where nothing is computed beforehand
         found["estimator"] += estimated["estimator_time"].after
     return {name: size * (1 if name.startswith("t3") else workers) for name, size in found.items()}

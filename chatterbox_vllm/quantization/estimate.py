@@ -28,8 +28,7 @@ COMPONENTS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "t3_embeddings": ("t3", "T3's embeddings, head, norms and angles"),
         "t3_conditioning": ("host", "T3's conditioning, on the CPU"),
         "flow_encoder": ("vocoder", "the flow's encoder"),
-        "estimator": ("vocoder", "linear layers of the flow's estimator"),
-        "estimator_convolutions": ("vocoder", "the estimator's convolutions and norms"),
+        "estimator": ("vocoder", "the flow's estimator"),
         "estimator_time": ("host", "the estimator's time embedding, on the CPU"),
         "hift": ("vocoder", "HiFT"),
         "vocoder_other": ("vocoder", "the flow's embedding and projections"),
@@ -112,8 +111,8 @@ _S3GEN: Final[list[_Rule]] = [
     (r"^flow\.encoder\.", "flow_encoder", _Kept.FULL),
     (r"^flow\.decoder\.estimator\.(time_mlp|\w+_blocks\.\d+\.0\.mlp)\.", "estimator_time", _Kept.FULL),
     (r"^flow\.decoder\.estimator\..*\.(to_[qkv]|to_out\.0|proj|net\.2)\.weight$", "estimator", _Kept.LINEAR),
-    (r"^flow\.decoder\.estimator\..*weight$", "estimator_convolutions", _Kept.HALF),
-    (r"^flow\.decoder\.", "estimator_convolutions", _Kept.FULL),
+    (r"^flow\.decoder\.estimator\..*weight$", "estimator", _Kept.HALF),
+    (r"^flow\.decoder\.", "estimator", _Kept.FULL),
     (r"", "vocoder_other", _Kept.FULL),
 ]
 _VOICE_ENCODER: Final[list[_Rule]] = [

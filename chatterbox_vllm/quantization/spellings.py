@@ -197,12 +197,12 @@ def _but_switched_on(methods: Mapping[str, str], given: Mapping[str, Given]) -> 
 
 
 def _of_strategy(given: Given) -> tuple[Mapping[str, str], str]:
-    name = str(given.value)
+    name = str(given.value).lower()
     if name == QuantizationStrategy.AUTO:
         return {}, name
     if name not in STRATEGIES:
         known = ", ".join(QuantizationStrategy)
-        raise ConfigurationError(f"{given.origin}={name} is no strategy; there are {known}", param=given.origin)
+        raise ConfigurationError(f"{given.origin}={given.value} is no strategy; there are {known}", param=given.origin)
     return STRATEGIES[name].methods, name
 
 

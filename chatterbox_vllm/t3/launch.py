@@ -37,7 +37,7 @@ from chatterbox_vllm.t3.generator import T3Generator
 from chatterbox_vllm.t3.graph_sizes import LARGEST, step_graph_sizes
 from chatterbox_vllm.t3.methods import CONVERTED, method_arguments
 from chatterbox_vllm.t3.orphans import CORE
-from chatterbox_vllm.t3.prompt import OVERHEAD
+from chatterbox_vllm.t3.prompt import LEAST_MODEL_LEN
 from chatterbox_vllm.t3.worker import EXTENSION
 from chatterbox_vllm.types import MAX_MODEL_LEN
 
@@ -134,9 +134,9 @@ def engine_arguments(config: T3Config, given: Mapping[str, Any], method: str = M
         if name not in known:
             raise ConfigurationError(f"{name} is neither ours nor an argument of vllm.AsyncEngineArgs", param=name)
     length = given.get("max_model_len", 2048)
-    if not isinstance(length, int) or not OVERHEAD + 16 <= length <= MAX_MODEL_LEN:
+    if not isinstance(length, int) or not LEAST_MODEL_LEN <= length <= MAX_MODEL_LEN:
         raise ConfigurationError(
-            f"max_model_len must be an integer from {OVERHEAD + 16} to {MAX_MODEL_LEN}, not {length!r}",
+            f"max_model_len must be an integer from {LEAST_MODEL_LEN} to {MAX_MODEL_LEN}, not {length!r}",
             param="max_model_len",
         )
     of_method = method_arguments(method, config, given)

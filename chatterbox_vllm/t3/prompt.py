@@ -21,6 +21,7 @@ STREAM_INTERVAL = 5
 LONE_INTERVAL = 1
 """The same for a stream that is alone: a chunk never waits for tokens it does not need, and messages are few anyway."""
 OVERHEAD = VOICE_LENGTH + 4
+LEAST_MODEL_LEN = OVERHEAD + 16
 """Positions of a prompt beside its text: voice, start, stop, and upstream's two BOS."""
 
 
