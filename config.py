@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from chatterbox_vllm.settings import Settings, load
+from chatterbox_vllm.settings import Settings
+from chatterbox_vllm.sources import load
 
 # 4-bit T3 through bitsandbytes: needs an NVIDIA GPU and the package vllm-bnb-plugin. More kinds: see OTHER, as
 # {"quantization_strategy": "mixed"}, and docs/VRAM_OPTIMIZATION.md.

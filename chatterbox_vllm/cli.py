@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 from chatterbox_vllm import __version__
 from chatterbox_vllm.errors import ChatterboxError, ConfigurationError, InvalidRequest
 from chatterbox_vllm.files import write_whole
-from chatterbox_vllm.settings import PRESETS, Settings, VariantName, allowed, default_text, flag, load, variables
+from chatterbox_vllm.settings import PRESETS, Settings, VariantName, allowed, default_text, flag, variables
+from chatterbox_vllm.sources import load
 
 if TYPE_CHECKING:
     from chatterbox_vllm.engine import AsyncChatterbox
@@ -187,7 +188,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """A flag for each setting. Values stay text: ``settings.load`` parses and checks them."""
+    """A flag for each setting. Values stay text: ``sources.load`` parses and checks them."""
     for name in names:
         if allowed(Settings.model_fields[name]) == "true or false":
             action = argparse.BooleanOptionalAction

@@ -19,7 +19,7 @@ PACKAGE = "chatterbox_vllm"
 LEVELS = [
     {"types", "errors", "files", "garbage", "loop_thread", "memory", "mps", "quiet"},
     {"quantization"},
-    {"settings"},
+    {"settings", "sources"},
     {"text", "audio", "checkpoint", "demo_checkpoint", "upstream"},
     {"t3", "vocoder", "voices"},
     {
@@ -38,7 +38,7 @@ LEVELS = [
 ]
 STAGES = {"t3", "vocoder", "voices"}
 KNOW_VLLM = {"t3", "engine"}
-READ_ENVIRONMENT = {"settings.py", "checkpoint.py", "bench/serve.py"}  # the last one: OpenAI's key of any server
+READ_ENVIRONMENT = {"sources.py", "checkpoint.py", "bench/serve.py"}  # the last one: OpenAI's key of any server
 # vLLM's own variables, numba's, and those of NVIDIA's MPS.
 SET_ENVIRONMENT = {"engine.py", "mps.py", "vocoder/process.py", "t3/launch.py", "upstream/__init__.py"}
 LIGHT = [
@@ -54,6 +54,7 @@ LIGHT = [
     "chatterbox_vllm.quantization.policy",
     "chatterbox_vllm.quantization.spellings",
     "chatterbox_vllm.settings",
+    "chatterbox_vllm.sources",
     "chatterbox_vllm.t3",
     "chatterbox_vllm.text",
     "chatterbox_vllm.types",

@@ -36,8 +36,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import config
-from chatterbox_vllm import checkpoint, cli, get_optimal_dtype
-from chatterbox_vllm import settings as settings_module
+from chatterbox_vllm import checkpoint, cli, get_optimal_dtype, sources
 from chatterbox_vllm.api import app
 from chatterbox_vllm.checkpoint import Checkpoint, locate
 from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
@@ -45,7 +44,8 @@ from chatterbox_vllm.quantization import matrices
 from chatterbox_vllm.quantization.packing import Stored
 from chatterbox_vllm.quantization.policy import COMPONENTS, STRATEGIES, Policy
 from chatterbox_vllm.quantization.spellings import Given, resolve
-from chatterbox_vllm.settings import Settings, load
+from chatterbox_vllm.settings import PRESETS, Settings
+from chatterbox_vllm.sources import load
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.conversion import encoded, linear_layers, vllm_quantization
 from chatterbox_vllm.t3.folder import infer_config
@@ -126,7 +126,7 @@ def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     monkeypatch.chdir(tmp_path)
     for name in Settings.model_fields:
         monkeypatch.delenv(f"CHATTERBOX_{name.upper()}", raising=False)
-    monkeypatch.setattr(settings_module, "_has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(sources, "_has_nvidia_gpu", lambda: True)
     seen: list[Settings] = []
     monkeypatch.setattr(app, "serve", seen.append)
     return seen
@@ -291,7 +291,7 @@ def test_b_a_flag_beats_a_variable_and_a_variable_beats_a_preset(
     monkeypatch.setenv("CHATTERBOX_MAX_BATCH_SIZE", "7")
     cli.main(["serve", "--ultra-low-vram", "--max-batch-size", "3"])
     assert (served[0].max_model_len, served[0].max_batch_size) == (900, 3)
-    assert served[0].max_chunk_length == settings_module.PRESETS["ultra-low-vram"]["max_chunk_length"]
+    assert served[0].max_chunk_length == PRESETS["ultra-low-vram"]["max_chunk_length"]
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_b_ultra_low_vram_fits_a_card_of_2_gib(full: Headers) -> None:
     from chatterbox_vllm.budget import plan
     from chatterbox_vllm.costs import Demand
 
-    preset = settings_module.PRESETS["ultra-low-vram"]
+    preset = PRESETS["ultra-low-vram"]
     demand = Demand(full, max_batch_size=preset["max_batch_size"], max_model_len=preset["max_model_len"])
     assert plan(2**31, demand, STRATEGIES[preset["quantization_strategy"]]).total <= 2**31
     with pytest.raises(ConfigurationError, match=r"bytes .* too small"):
@@ -473,7 +473,8 @@ def test_b_how_much_slower_is_measured() -> None:
     none, also_none, awq, also_awq = (float(each.replace(",", "")) for each in gave.groups())
     kept += [awq / none, also_awq / also_none]
     ours = re.findall(r"^\| `(?:none|awq)` first \|.* (\S+) \|$", speeds, flags=re.MULTILINE)
-    assert len(ours) == 2 and all(float(each) >= 0.95 for each in ours)
+    assert len(ours) == 2
+    assert all(float(each) >= 0.95 for each in ours)
     said = corrected("4 bits are 10 to 20% slower")
     assert f"in `awq` {min(kept):.2f} to {max(kept):.2f} with vLLM's kernel" in said
     assert f"with ours {' and '.join(ours)}" in said
@@ -907,7 +908,7 @@ def test_e_get_optimal_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, wanted in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
         assert get_optimal_dtype("cuda") == wanted
-    with pytest.raises(ConfigurationError, match="device must be cpu.*, not 'cuda:99'"):
+    with pytest.raises(ConfigurationError, match=r"device must be cpu.*, not 'cuda:99'"):
         get_optimal_dtype("cuda:99")
 
 

@@ -10,11 +10,12 @@ import pytest
 from dotenv import dotenv_values
 
 import config
-from chatterbox_vllm import settings as module
+from chatterbox_vllm import sources as module
 from chatterbox_vllm.api.app import engine_arguments
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import STRATEGIES
-from chatterbox_vllm.settings import PRESETS, Settings, example, load, variables
+from chatterbox_vllm.settings import PRESETS, Settings, example, variables
+from chatterbox_vllm.sources import load
 from chatterbox_vllm.types import SpeechOptions
 
 ROOT = Path(__file__).parent.parent

@@ -28,7 +28,7 @@ from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError
 from chatterbox_vllm.quantization import estimate
 from chatterbox_vllm.quantization.policy import COMPONENTS, STRATEGIES, Method, Policy, QuantizationStrategy, canonical
-from chatterbox_vllm.settings import load
+from chatterbox_vllm.sources import load
 from chatterbox_vllm.types import MAX_MODEL_LEN
 
 TOLERANCE: Final = 0.05

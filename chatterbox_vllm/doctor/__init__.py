@@ -43,13 +43,13 @@ def examine(model: str | None = None) -> Iterator[Finding]:
 def _deployment(model: str | None, *, on_cpu: bool) -> Iterator[Finding]:
     """What depends on the settings; a package that reading them needs may be missing, which is reported above."""
     try:
-        from chatterbox_vllm import settings
+        from chatterbox_vllm import sources
         from chatterbox_vllm.doctor import start, weights
     except ImportError as problem:
         yield error("settings", f"cannot be read: {problem}", f"{PIP} install the packages reported above")
         return
     try:
-        chosen = settings.load({"model": model})
+        chosen = sources.load({"model": model})
     except ConfigurationError as problem:
         yield error("settings", str(problem), start.correct(problem.param))
         return
