@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import torch
 
 from chatterbox_vllm import upstream
-from chatterbox_vllm.bench.options import output
+from chatterbox_vllm.bench.options import output, told
 from chatterbox_vllm.bench.pipeline import Pipeline, spoken_texts, timed_rounds
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import DERIVED_KEYS, Checkpoint, load_strict, load_tensors, resolve
@@ -200,11 +200,9 @@ def main() -> None:
     sounds = {"a": theirs["audio_seconds"], "b": t3["audio_seconds"], "c": pipeline["audio_seconds"]}
     for way, rate in ways.items():
         print(f"{way:>4} {counts[way]:>11} {sounds[way]:>11.1f} {rate:>12.1f} {ways['c'] / rate:>15.1f}")
-    if arguments.json is not None:
-        options = {name: value for name, value in vars(arguments).items() if name != "json"}
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        result = {"device": device, "arguments": options, "upstream": theirs, "ours": ours, "realtime_factors": ways}
-        write_json(arguments.json, result)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    result = {"upstream": theirs, "ours": ours, "realtime_factors": ways}
+    write_json(arguments.json, {"device": device, "arguments": told(arguments), **result})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 import torch
 
-from chatterbox_vllm.bench.options import output
+from chatterbox_vllm.bench.options import output, told
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.demo_checkpoint import networks
 from chatterbox_vllm.demo_checkpoint.weights import draw
@@ -160,9 +160,7 @@ def main() -> None:
             print(f"{seconds:>10.1f} {side:>9} {cells} {seconds / spent['total']:>12.2f}")
         cells = " ".join(f"{ratio:>9.2f}" for ratio in result["ratio"].values())
         print(f"{seconds:>10.1f} {'ratio':>9} {cells} {result['fastest']:>12.2f} (fastest)", flush=True)
-    if arguments.json is not None:
-        options = {name: value for name, value in vars(arguments).items() if name != "json"}
-        write_json(arguments.json, {"arguments": options, "results": results})
+    write_json(arguments.json, {"arguments": told(arguments), "results": results})
 
 
 if __name__ == "__main__":

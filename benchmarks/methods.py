@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from chatterbox_vllm.bench.options import output
+from chatterbox_vllm.bench.options import output, told
 from chatterbox_vllm.bench.pipeline import Pipeline, timed_rounds
 from chatterbox_vllm.bench.workload import random_voice
 from chatterbox_vllm.checkpoint import resolve
@@ -154,10 +154,7 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
     if arguments.starts > 1:
         print("\n".join(medians(rows, arguments.requests)))
-    if arguments.json is not None:
-        options = {name: value for name, value in vars(arguments).items() if name != "json"}
-        result = {"device": torch.cuda.get_device_name(), "arguments": options, "results": rows}
-        write_json(arguments.json, result)
+    write_json(arguments.json, {"device": torch.cuda.get_device_name(), "arguments": told(arguments), "results": rows})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from statistics import fmean
 
 import torch
 
-from chatterbox_vllm.bench.options import output
+from chatterbox_vllm.bench.options import output, told
 from chatterbox_vllm.bench.vocoder import DTYPES, Job, speak_in_chunks
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
@@ -93,9 +93,7 @@ def main() -> None:
     print(f"{'':>28} {'sound, dB':>10} {'mel, dB':>10}")
     for name, row in found.items():
         print(f"{name:>28} {row['sound']:>10.3f} {row['mel']:>10.3f}")
-    if arguments.json is not None:
-        options = {name: value for name, value in vars(arguments).items() if name != "json"}
-        write_json(arguments.json, {"arguments": options, "decibels": found})
+    write_json(arguments.json, {"arguments": told(arguments), "decibels": found})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""What an option of a command line may be: ``type=`` of argparse."""
+"""What an option of a command line may be (``type=`` of argparse), and what a report tells of them."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from pathlib import Path
+from typing import Any, Final
+
+_UNTOLD: Final = frozenset({"json", "api_key"})
 
 
 def positive(text: str) -> float:
@@ -31,3 +34,9 @@ def output(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"cannot write {path}: no such folder; make {path.parent} first")
     return path
+
+
+def told(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options, for a report of JSON: without its own name and secrets."""
+    given = {name: value for name, value in vars(arguments).items() if name not in _UNTOLD}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}

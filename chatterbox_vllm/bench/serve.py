@@ -22,7 +22,7 @@ import aiohttp
 from chatterbox_vllm.bench import report, sentences, traffic
 from chatterbox_vllm.bench.client import Answer, Transfer, answer, transfer
 from chatterbox_vllm.bench.observers import Counters, Gpu, Lag
-from chatterbox_vllm.bench.options import count, output, positive
+from chatterbox_vllm.bench.options import count, output, positive, told
 from chatterbox_vllm.bench.report import Level
 from chatterbox_vllm.errors import ConfigurationError, EngineError
 from chatterbox_vllm.files import write_json
@@ -219,13 +219,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.plot is not None:
         axis = "requests a second" if arguments.arrival == "poisson" else "clients"
         report.plot(arguments.plot, bench.levels, title=f"{arguments.url}, {arguments.arrival}", axis=axis)
-    hidden = {"json", "api_key"}
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    return {
-        "arguments": {name: value for name, value in options.items() if name not in hidden},
-        "most_clients": most,
-        "levels": bench.details,
-    }
+    return {"arguments": told(arguments), "most_clients": most, "levels": bench.details}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

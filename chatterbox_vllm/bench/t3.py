@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from chatterbox_vllm.bench.options import count, output
+from chatterbox_vllm.bench.options import count, output, told
 from chatterbox_vllm.bench.workload import TEXT_TOKENS, random_text, random_voice
 from chatterbox_vllm.checkpoint import cache_dir, resolve
 from chatterbox_vllm.files import write_json
@@ -115,7 +115,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "text_tokens": TEXT_TOKENS,
         "load_seconds": load_seconds,
-        "arguments": {k: v for k, v in vars(arguments).items() if k != "json"},
+        "arguments": told(arguments),
         "results": [asdict(row) for row in results],
     }
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from chatterbox_vllm.bench.options import count, output, positive
+from chatterbox_vllm.bench.options import count, output, positive, told
 from chatterbox_vllm.bench.workload import random_speech, random_voice
 from chatterbox_vllm.checkpoint import resolve
 from chatterbox_vllm.files import write_json
@@ -215,11 +215,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 f"{row.work:>6} {row.batch:>6} {row.ms:>9.1f} {row.realtime_factor:>12.1f} {host:>11} {peak:>9}",
                 flush=True,
             )
-    options = {name: value for name, value in vars(arguments).items() if name != "json"}
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "load_seconds": load_seconds,
-        "arguments": options | {"dtype": str(dtype).removeprefix("torch.")},
+        "arguments": told(arguments) | {"dtype": str(dtype).removeprefix("torch.")},
         "results": [asdict(row) for row in results],
     }
 

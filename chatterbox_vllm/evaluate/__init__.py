@@ -16,8 +16,9 @@ from typing import Final
 import torch
 from tqdm import tqdm
 
+from chatterbox_vllm.arguments import device_of
 from chatterbox_vllm.bench import sentences
-from chatterbox_vllm.bench.options import output
+from chatterbox_vllm.bench.options import output, told
 from chatterbox_vllm.bench.report import check_plot
 from chatterbox_vllm.checkpoint import Checkpoint, resolve
 from chatterbox_vllm.errors import ConfigurationError
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.plot is not None:
         check_plot(arguments.plot)
-    _check_device(arguments.device)
+    device_of("--device", arguments.device)
     options = SpeechOptions(seed=arguments.seed, max_tokens=arguments.max_tokens, diffusion_steps=arguments.steps)
     own = [sentences.text(seed, _SECONDS) for seed in range(OWN_TEXTS)]
     texts = dict(enumerate(own, start=1)) if arguments.texts is None else sentences.lines(arguments.texts, "--texts")
@@ -78,26 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(a, b, found))
     if is_demo:
         print(f"\n{report.RANDOM}")
-    write_json(arguments.json, report.as_json(vars(arguments), a, b, found, rows, is_demo=is_demo))
+    write_json(arguments.json, report.as_json(told(arguments), a, b, found, rows, is_demo=is_demo))
     if arguments.plot is not None:
         report.plot(arguments.plot, a, b, rows, is_demo=is_demo)
     return 0
-
-
-def _check_device(asked: str) -> None:
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in {"cpu", "cuda"}:
-        raise ConfigurationError(f"--device={asked}: choose cpu or cuda", param="--device")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigurationError(f"--device={asked}: torch finds no NVIDIA GPU here; leave it out", param="--device")
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise ConfigurationError(
-            f"--device={asked}: torch finds {count} NVIDIA GPUs here; the last one is cuda:{count - 1}",
-            param="--device",
-        )
 
 
 def _voice(checkpoint: Checkpoint, wanted: str | None, device: str) -> VoiceFeatures:

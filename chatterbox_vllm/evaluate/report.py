@@ -56,7 +56,7 @@ def as_json(
 ) -> dict[str, Any]:
     """Everything: the arguments, both policies, the summary and each text."""
     return {
-        "arguments": {name: _plain(value) for name, value in arguments.items()},
+        "arguments": dict(arguments),
         "random_weights": is_demo,
         "a": _told(a),
         "b": _told(b),
@@ -67,10 +67,6 @@ def as_json(
 
 def _told(of: Contender) -> dict[str, str]:
     return {"checkpoint": str(of.checkpoint.folder), **of.policy.methods}
-
-
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def plot(path: Path, a: Contender, b: Contender, texts: Sequence[OfText], *, is_demo: bool) -> None:
