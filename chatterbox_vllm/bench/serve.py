@@ -131,8 +131,8 @@ class Bench:
         answers = [answer(each) for each in await asyncio.gather(*(self.ask() for _ in range(count)))]
         reasons = {each.failure for each in answers}
         if answers and None not in reasons:
-            told = ", ".join(sorted(str(reason) for reason in reasons))
-            raise EngineError(f"{self._base} answered none of {count} requests to warm up: {told}")
+            why = ", ".join(sorted(str(reason) for reason in reasons))
+            raise EngineError(f"{self._base} answered none of {count} requests to warm up: {why}")
 
     async def level(self, load: float) -> Level:
         """Runs one level and prints its row."""

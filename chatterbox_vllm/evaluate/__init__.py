@@ -21,7 +21,6 @@ from chatterbox_vllm.bench import sentences
 from chatterbox_vllm.bench.options import output, told
 from chatterbox_vllm.bench.report import check_plot
 from chatterbox_vllm.checkpoint import Checkpoint, resolve
-from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.evaluate import report
 from chatterbox_vllm.evaluate.compare import Comparison, prepare, summary
 from chatterbox_vllm.evaluate.methods import check_comparable, contender
