@@ -89,7 +89,6 @@ async def run(arguments: argparse.Namespace, method: str, model: str, before: in
         await engine.shutdown()
     parts = memory["components"]
     return {
-        "method": method,
         "components": info["components"],
         "t3_linear_bytes": parts["t3"],
         "t3_bytes": parts["t3"] + parts["t3_embeddings"],
@@ -150,7 +149,8 @@ def main() -> None:
     for each in arguments.starts * arguments.methods:
         method, _, model = each.partition("=")
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-            rows.append(alone.submit(measured, arguments, method, model or arguments.model).result())
+            row = alone.submit(measured, arguments, method, model or arguments.model).result()
+        rows.append(row | {"method": each})
         print(line(rows[-1]), flush=True)
     if arguments.starts > 1:
         print("\n".join(medians(rows, arguments.requests)))

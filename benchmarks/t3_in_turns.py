@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from chatterbox_vllm.bench.options import count, output
+from chatterbox_vllm.bench.options import count, output, told
 from chatterbox_vllm.bench.t3 import speak
 from chatterbox_vllm.checkpoint import cache_dir, resolve
 from chatterbox_vllm.files import write_json
@@ -61,7 +61,7 @@ async def seconds(t3: T3Generator, arguments: argparse.Namespace) -> float:
     return time.perf_counter() - started
 
 
-async def run(arguments: argparse.Namespace) -> dict[str, list[float]]:
+async def run(arguments: argparse.Namespace) -> list[list[float]]:
     """Seconds of each one's rounds, the same round at the same place."""
     engines: list[T3Generator] = []
     try:
@@ -72,24 +72,24 @@ async def run(arguments: argparse.Namespace) -> dict[str, list[float]]:
     finally:
         for t3 in engines:
             t3.shutdown()
-    return {name: list(own) for name, own in zip(arguments.models, zip(*rounds[WARM_UP:], strict=True), strict=True)}
+    return [list(own) for own in zip(*rounds[WARM_UP:], strict=True)]
 
 
-def lines(times: dict[str, list[float]], tokens: int) -> Sequence[str]:
+def lines(models: Sequence[str], times: Sequence[Sequence[float]], tokens: int) -> Sequence[str]:
     """A line for each, with how much of the first one's speed it keeps."""
-    first = next(iter(times.values()))
+    first = times[0]
     return [
         f"{name:>24} {tokens / median(own):>10,.0f} tokens/s, fastest {tokens / min(own):>10,.0f}, "
         f"of the first one's {median(one / other for one, other in zip(first, own, strict=True)):.3f}"
-        for name, own in times.items()
+        for name, own in zip(models, times, strict=True)
     ]
 
 
 def main() -> None:
     arguments = parser().parse_args()
     times = asyncio.run(run(arguments))
-    print("\n".join(lines(times, arguments.requests * arguments.tokens)))
-    write_json(arguments.json, {"requests": arguments.requests, "tokens": arguments.tokens, "seconds": times})
+    print("\n".join(lines(arguments.models, times, arguments.requests * arguments.tokens)))
+    write_json(arguments.json, {"arguments": told(arguments), "seconds": times})
 
 
 if __name__ == "__main__":

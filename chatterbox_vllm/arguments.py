@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -60,14 +61,14 @@ def device_of(name: str, wanted: str | None) -> str | None:
     """
     if wanted is None:
         return None
-    if str(wanted) == "cpu":  # a torch.device is as good as its name
-        return "cpu"
-    kind, _, index = str(wanted).partition(":")
-    count = torch.cuda.device_count()
-    if kind != "cuda" or (index and not index.isdecimal()) or int(index or 0) >= count:
+    named = str(wanted)  # a torch.device is as good as its name
+    if named == "cpu":
+        return named
+    index, count = re.fullmatch(r"cuda(?::(0|[1-9][0-9]*))?", named), torch.cuda.device_count()
+    if index is None or int(index[1] or 0) >= count:
         cards = f", cuda:0 to cuda:{count - 1}" if count else "; this machine has no CUDA device"
         raise ConfigurationError(f"{name} must be cpu{cards}, not {wanted!r}", param=name)
-    return wanted
+    return named
 
 
 def vocoder_devices(wanted: str, own_process: bool | None) -> list[str]:
@@ -82,6 +83,11 @@ def vocoder_devices(wanted: str, own_process: bool | None) -> list[str]:
             f"vocoder_process=False runs one worker, and vocoder_device={wanted!r} names {len(devices)} devices; "
             "name one device, or leave vocoder_process out",
             param="vocoder_process",
+        )
+    cards = ["cuda:0" if each == "cuda" else each for each in devices if each != "cpu"]
+    if twice := next((card for card in cards if cards.count(card) > 1), None):
+        raise ConfigurationError(
+            f"vocoder_device={wanted!r} names {twice} twice; a card has one worker", param="vocoder_device"
         )
     return devices
 

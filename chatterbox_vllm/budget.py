@@ -21,7 +21,7 @@ from chatterbox_vllm.costs import BLOCK, MIB, Choice, Demand, Item, cache_bytes,
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.estimate import Estimate, QuantizationMemoryEstimator
 from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy, QuantizationStrategy
-from chatterbox_vllm.t3.graph_sizes import LARGEST_BATCH, PROMPT_POSITIONS, graph_sizes, step_graph_sizes
+from chatterbox_vllm.t3.graph_sizes import LARGEST_BATCH, USUAL_PROMPT, graph_sizes, step_graph_sizes
 from chatterbox_vllm.types import MAX_MODEL_LEN
 from chatterbox_vllm.vocoder.stage import MAX_FRAMES
 
@@ -68,7 +68,8 @@ class Plan:
         t3_arguments: for ``t3.launch.launch``, of ``vllm.AsyncEngineArgs``.
         vocoder_max_frames: the most mel frames that the vocoder has in work at once, by which it also sizes its graphs;
             None where it has another device.
-        vocoder_process: whether the vocoder has a process of its own, and so a CUDA context.
+        vocoder_process: whether the vocoder has a process of its own, and so a CUDA context; None where it has another
+            device, and nobody asked.
         enrolment_device: ``cpu`` or ``cuda``.
     """
 
@@ -79,7 +80,7 @@ class Plan:
     max_model_len: int
     t3_arguments: Mapping[str, Any]
     vocoder_max_frames: int | None
-    vocoder_process: bool
+    vocoder_process: bool | None
     enrolment_device: str
 
     @property
@@ -232,7 +233,7 @@ class _Sum:
                 "compilation_config": {"cudagraph_mode": "FULL" if choice.step_graphs else "FULL_DECODE_ONLY"},
             },
             vocoder_max_frames=choice.frames if demand.vocoder_on_card else None,
-            vocoder_process=choice.own_process if demand.vocoder_on_card else demand.vocoder_process is not False,
+            vocoder_process=choice.own_process if demand.vocoder_on_card else demand.vocoder_process,
             enrolment_device="cuda" if choice.enrolment_on_card else "cpu",
         )
 
@@ -247,7 +248,7 @@ def _more_frames(longest: int) -> Callable[[Choice], Choice]:
 
 
 def _more_tokens(choice: Choice) -> Choice:
-    most = min(PROMPT_POSITIONS * choice.batch, _MOST_TOKENS)
+    most = min(USUAL_PROMPT * choice.batch, _MOST_TOKENS)
     return replace(choice, tokens=max(choice.tokens, min(2 * choice.tokens, most)))
 
 
@@ -307,7 +308,7 @@ def _single_remedies(budget: int, needed: _Sum, batch: int) -> Iterator[str]:
     if weakest := next((name for name, each in STRATEGIES.items() if takes(each) <= budget), None):
         yield f"quantization_strategy={weakest}"
     if needed.demand.vocoder_process and takes(vocoder_process=False, vocoder_workers=1) <= budget:
-        yield "vocoder_process=false"
+        yield "vocoder_process=false" + (", one vocoder_device" if needed.demand.vocoder_workers > 1 else "")
     elif needed.demand.vocoder_workers > 1 and takes(vocoder_workers=1) <= budget:
         yield "one vocoder_device"
     if needed.demand.vocoder_on_card and takes(vocoder_on_card=False) <= budget:

@@ -60,7 +60,7 @@ ENROLMENT_BYTES: Final = 256 * MIB
 
 BLOCK: Final = 16
 """Positions in a block of T3's KV cache."""
-PROMPT_POSITIONS: Final = 38
+OVERHEAD: Final = 38
 """Of the voice and the control tokens."""
 RECORDING_FRAMES: Final = 500
 """Mel frames of a voice's recording, at most."""
@@ -207,7 +207,7 @@ def context_bytes(multiprocessors: int) -> int:
 
 def longest_frames(max_model_len: int) -> int:
     """Mel frames of the longest utterance, its voice's recording included: what the vocoder must have room for."""
-    return RECORDING_FRAMES + FRAMES_PER_TOKEN * min(MAX_SPEECH_TOKENS, max_model_len - PROMPT_POSITIONS)
+    return RECORDING_FRAMES + FRAMES_PER_TOKEN * min(MAX_SPEECH_TOKENS, max_model_len - OVERHEAD)
 
 
 def _t3_activations(sizes: T3Sizes, policy: Policy, choice: Choice) -> int:

@@ -101,21 +101,30 @@ class Stages:
 
     async def end(self) -> None:
         """Fails what is under way and ends all processes."""
-        await asyncio.gather(self.vocoder.close(drain=False), asyncio.to_thread(self.t3.shutdown))
-        if self.sharing is not None:
-            await asyncio.to_thread(self.sharing.stop)
+        try:
+            await asyncio.gather(self.vocoder.close(drain=False), asyncio.to_thread(self.t3.shutdown))
+        finally:
+            if self.sharing is not None:
+                await asyncio.to_thread(self.sharing.stop)
 
 
 def settled(setup: Setup, *, strict: bool = False) -> Setup:
-    """``setup`` with what its device, its budget and the strategy ``auto`` decide.
+    """``setup`` with what its devices, its budget and the strategy ``auto`` decide.
 
     Args:
         strict: raise where a CPU would have int8 in place of a strategy's methods.
 
     Raises:
         CheckpointError: T3's file cannot be read.
-        ConfigurationError: the device cannot have the policy, or the budget cannot hold it; says by how much.
+        ConfigurationError: a device cannot have the policy, or the budget cannot hold it; says by how much.
     """
+    made = _settled(setup, strict=strict)
+    if "cpu" not in made.vocoder_devices:
+        return made
+    return replace(made, policy=made.policy.on_cpu(VOCODER, strict=strict))
+
+
+def _settled(setup: Setup, *, strict: bool) -> Setup:
     stored = Stored.of(setup.checkpoint.t3)
     if not setup.on_gpu:
         if setup.budget is not None:
@@ -193,18 +202,31 @@ async def load(setup: Setup, *, strict: bool) -> tuple[Setup, Stages]:
         try:
             return setup, await _loaded(setup)
         except (ConfigurationError, EngineError, MissingDependency) as error:
-            weaker = setup.policy.weaker()
-            if strict or weaker is None or not _is_of_quantization(error):
+            if strict or not _is_of_quantization(error):
                 raise
-            try:
-                following = settled(replace(setup.asked or setup, policy=weaker))
-            except ConfigurationError as unfit:
-                logger.warning("nor does the strategy %s: %s", weaker.strategy, unfit)
-                raise error from unfit  # it is this that can be mended
-            logger.warning(
-                "the strategy %s does not work here: %s; loading with %s", setup.policy.strategy, error, weaker.strategy
-            )
-            setup = following
+            weaker = _weaker(setup, error)
+            names = setup.policy.strategy, weaker.policy.strategy
+            logger.warning("the strategy %s does not work here: %s; loading with %s", names[0], error, names[1])
+            setup = weaker
+
+
+def _weaker(setup: Setup, error: Exception) -> Setup:
+    """Settled for the next strategy that loads something else: on a CPU, several are the same.
+
+    Raises:
+        Exception: ``error``, where there is none, or it is none for this machine.
+    """
+    policy = setup.policy
+    while (weaker := policy.weaker()) is not None:
+        try:
+            following = settled(replace(setup.asked or setup, policy=weaker))
+        except ConfigurationError as unfit:
+            logger.warning("nor does the strategy %s: %s", weaker.strategy, unfit)
+            raise error from unfit  # it is this that can be mended
+        if any(getattr(following.policy, name) != getattr(setup.policy, name) for name in ("t3", *VOCODER)):
+            return following
+        policy = weaker
+    raise error
 
 
 def _is_of_quantization(error: Exception) -> bool:
@@ -216,6 +238,15 @@ def _is_of_quantization(error: Exception) -> bool:
 
 async def _loaded(setup: Setup) -> Stages:
     sharing = Mps() if setup.mps else None
+    try:
+        return Stages(*await _both(setup), sharing)
+    except BaseException:
+        if sharing is not None:
+            await asyncio.to_thread(sharing.stop)
+        raise
+
+
+async def _both(setup: Setup) -> tuple[T3Generator, VocoderPool]:
     blueprint = partial(
         Blueprint,
         setup.checkpoint.s3gen,
@@ -244,11 +275,9 @@ async def _loaded(setup: Setup) -> Stages:
     except BaseException:
         unwanted.set()
         await asyncio.shield(asyncio.gather(_no_engine(loading_t3), pool.close(drain=False)))
-        if sharing is not None:
-            await asyncio.to_thread(sharing.stop)
         raise
     logger.info("ready after %.0f s", time.perf_counter() - started)
-    return Stages(t3, pool, sharing)
+    return t3, pool
 
 
 async def _admit(t3: T3Generator, path: str) -> None:

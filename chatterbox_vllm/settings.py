@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from chatterbox_vllm.quantization.policy import STRATEGIES, Policy
-from chatterbox_vllm.quantization.spellings import FIELDS
+from chatterbox_vllm.quantization.spellings import FIELDS, SPELLINGS, Given, resolve
 from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_MODEL_LEN, MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
 
 PREFIX: Final = "CHATTERBOX_"
@@ -41,7 +41,8 @@ OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
         "use_int8_quantization": ("USE_INT8_QUANTIZATION",),
     }
 )
-"""Further variables that mean the same setting. One without our prefix counts only where none with it is set."""
+"""Further variables that mean the same setting. One without our prefix counts only where the same source, the
+environment or a file, has none with it."""
 FOREIGN: Final = frozenset({"CHATTERBOX_CACHE_DIR", "CHATTERBOX_VENV"})
 """Variables with our prefix that are read elsewhere: by ``checkpoint.cache_dir`` and by the start script. They count
 in the environment only."""
@@ -228,8 +229,13 @@ class Settings(BaseModel):
     @property
     def policy(self) -> Policy:
         """Which network is quantised how; of the strategy ``auto``, nothing is settled yet."""
-        said = {name: getattr(self, field) for name, field in FIELDS.items()}
-        methods, name = {component: method or "none" for component, method in said.items()}, self.quantization_strategy
+        name = self.quantization_strategy
+        said = {component: getattr(self, field) for component, field in FIELDS.items()}
+        if not any(said.values()) and name != "auto":
+            # ``sources.load`` spells out what other spellings mean, the constructor does not.
+            given = {each: Given(value, each) for each in SPELLINGS if (value := getattr(self, each)) is not None}
+            return resolve(given)
+        methods = {component: method or "none" for component, method in said.items()}
         # Something else may have been said of a component, in a place that counts more.
         if name == "auto":
             overruled = any(said.values())

@@ -325,7 +325,8 @@ def in_torch(made: Plan) -> int:
 def test_a_vocoder_elsewhere_costs_nothing(demand: Demand) -> None:
     elsewhere = plan(2**34, replace(demand, vocoder_on_card=False))
     assert elsewhere.vocoder_max_frames is None
-    assert elsewhere.vocoder_process
+    assert elsewhere.vocoder_process is None
+    assert plan(2**34, replace(demand, vocoder_on_card=False, vocoder_process=True)).vocoder_process
     assert not any("vocoder" in item.name for item in elsewhere.items)
 
 

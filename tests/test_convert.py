@@ -14,7 +14,7 @@ from torch import Tensor
 from chatterbox_vllm import cli
 from chatterbox_vllm.bench.workload import random_text, random_voice
 from chatterbox_vllm.checkpoint import Checkpoint, load_tensors, resolve
-from chatterbox_vllm.convert import command, main, quantize
+from chatterbox_vllm.convert import calibration, command, main, quantize
 from chatterbox_vllm.convert.calibration import record
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError
 from chatterbox_vllm.evaluate.t3 import PlainT3
@@ -108,7 +108,7 @@ def test_the_calibration_hears_what_upstream_s_layers_read(demo: Checkpoint) -> 
     start, text = torch.tensor([[START_SPEECH]] * 2), torch.tensor([[255, *request.text, 0]] * 2)
     for name in READERS:
         theirs.tfmr.layers[-1].get_submodule(name).register_forward_pre_hook(
-            lambda _, inputs, name=name: read.update({name: inputs[0].flatten(0, 1)})
+            lambda _, inputs, name=name: read.update({name: inputs[0].transpose(0, 1)})
         )
     with torch.inference_mode():
         embeds, _ = theirs.prepare_input_embeds(
@@ -117,10 +117,21 @@ def test_the_calibration_hears_what_upstream_s_layers_read(demo: Checkpoint) -> 
         theirs.tfmr(inputs_embeds=torch.cat([embeds, embeds[:, -1:]], dim=1))
     t3 = PlainT3(load_tensors(demo.t3), demo.t3, "none")
     once, longer = (record(t3, [request.text], request.voice, tokens)[-1] for tokens in (1, 10))
-    for name, rows in read.items():
-        step = -(-len(rows) // len(once[name]))  # of a prompt, only some are kept
-        torch.testing.assert_close(once[name], rows[::step], atol=1e-4, rtol=0)
+    for name, positions in read.items():
+        step = -(-2 * len(positions) // len(once[name]))  # of a prompt, only some are kept
+        torch.testing.assert_close(once[name], positions[::step].flatten(0, 1), atol=1e-4, rtol=0)
         assert len(longer[name]) == len(once[name]) + 2 * 9  # the last token is not read
+
+
+def test_the_calibration_keeps_both_halves_of_the_guidance(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    t3, text, voice = PlainT3(load_tensors(demo.t3), demo.t3, "none"), random_text(0, 704), random_voice(0)
+    whole = record(t3, [text], voice, 40)[-1]
+    monkeypatch.setattr(calibration, "ROWS", -(-len(whole[READERS[0]]) // 2))  # so that every other one is left out
+    thinned = record(t3, [text], voice, 40)[-1]
+    for name, rows in whole.items():
+        pairs = rows.unflatten(0, (-1, 2))
+        assert not torch.equal(pairs[:, 0], pairs[:, 1])
+        assert torch.equal(thinned[name], pairs[::2].flatten(0, 1))
 
 
 @pytest.mark.parametrize("method", STORABLE)

@@ -19,8 +19,6 @@ from chatterbox_vllm.doctor import machine, packages, start, weights
 from chatterbox_vllm.doctor.finding import Finding, Level, error, ok, warn
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.memory import memory
-from chatterbox_vllm.quantization.policy import STRATEGIES
-from chatterbox_vllm.quantization.spellings import FIELDS
 from chatterbox_vllm.settings import Settings
 from chatterbox_vllm.upstream import PIP
 
@@ -391,14 +389,16 @@ def test_4_bits_without_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finding.level is Level.ERROR
     assert finding.detail.startswith("bitsandbytes is needed for bnb-4bit")
     assert (finding.remedy or "").startswith(f"{PIP} install 'bitsandbytes")
-    mixed = {FIELDS[name]: method for name, method in STRATEGIES["mixed"].methods.items()}
     for strict, level in ((False, Level.WARN), (True, Level.ERROR)):
-        chosen = Settings(model="demo", quantization_strategy="mixed", strict_quantization=strict, **mixed)
+        chosen = Settings(model="demo", quantization_strategy="mixed", strict_quantization=strict)
         (finding,) = start.refusals(chosen, on_cpu=False)
         assert finding.level is level
         assert ("conservative takes its place" in finding.detail) is not strict
     without(monkeypatch, {"bitsandbytes": "0.50.2", "vllm-bnb-plugin": "0.0.3"})
     assert list(start.refusals(Settings(model="demo", quantization="bnb-4bit"), on_cpu=False)) == []
+    beside = Settings(model="demo", vocoder_device="cpu", quantization="fp8", estimator_quantization="bnb-8bit")
+    (finding,) = start.refusals(beside, on_cpu=False)
+    assert "bnb-8bit (estimator) needs an NVIDIA GPU" in finding.detail
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from chatterbox_vllm.checkpoint import Checkpoint, resolve
 from chatterbox_vllm.convert import quantize
 from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError, MissingDependency
-from chatterbox_vllm.loading import Setup, load, settled
+from chatterbox_vllm.loading import Setup, Stages, load, settled
 from chatterbox_vllm.memory import Memory
 from chatterbox_vllm.quantization.policy import NONE, STRATEGIES, Policy
 from chatterbox_vllm.t3.card import card_memory
@@ -89,6 +89,67 @@ def test_under_a_budget_several_workers_have_processes_of_their_own(setup: Setup
         settled(replace(several, budget=1900 * 2**20))
     assert "\n  one vocoder_device\n" in str(caught.value)
     assert "vocoder_process" not in str(caught.value)
+
+
+def test_a_remedy_is_one_that_would_do(setup: Setup) -> None:
+    """One process for both has room for one worker."""
+    several = replace(setup, vocoder_devices=["cuda:0", "cuda:1"], vocoder_process=True, policy=NONE)
+    with pytest.raises(ConfigurationError) as caught:
+        settled(replace(several, budget=1900 * 2**20))
+    assert "\n  vocoder_process=false, one vocoder_device\n" in str(caught.value)
+
+
+@pytest.mark.parametrize("budget", [None, 8 * 2**30])
+def test_a_vocoder_on_the_cpu_has_what_a_cpu_can(
+    setup: Setup, budget: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside a T3 that has all of its strategy."""
+    beside = replace(setup, vocoder_devices=["cpu"], policy=STRATEGIES["mixed"], budget=budget)
+    made = settled(beside)
+    assert made.policy.methods == {**STRATEGIES["mixed"].methods, "flow_encoder": "int8", "estimator": "int8"}
+    assert made.host is ThreadHost
+    assert "on a CPU flow_encoder, estimator will be int8" in caplog.text
+    with pytest.raises(ConfigurationError, match=r"bnb-8bit \(flow_encoder\) needs an NVIDIA GPU"):
+        settled(beside, strict=True)
+    tried = broken(monkeypatch, EngineError("no card"), "bnb-4bit")
+    done, _ = asyncio.run(load(made, strict=False))
+    assert tried == ["mixed", "conservative"]
+    assert done.policy == STRATEGIES["conservative"]
+
+
+@pytest.mark.parametrize("trouble", ["Blueprint", "VocoderPool", "launch"])
+def test_what_fails_leaves_no_daemon(setup: Setup, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's MPS ends, whichever part cannot be loaded."""
+    calls: list[str] = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise EngineError("it cannot be had")
+
+    class Daemon:
+        def __init__(self) -> None:
+            calls.append("start")
+
+        def stop(self) -> None:
+            calls.append("stop")
+
+    monkeypatch.setattr(loading, "Mps", Daemon)
+    monkeypatch.setattr(loading, trouble, fail)
+    cpu = replace(setup, on_gpu=False, device="cpu", vocoder_devices=["cpu"], policy=NONE, mps=True)
+    with pytest.raises(EngineError, match="it cannot be had"):
+        asyncio.run(load(settled(cpu), strict=True))
+    assert calls == ["start", "stop"]
+
+
+def test_an_end_that_fails_ends_the_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def close(*, drain: bool) -> None:
+        raise EngineError("it does not end")
+
+    calls: list[str] = []
+    parts: Any = (SimpleNamespace(shutdown=lambda: None), SimpleNamespace(close=close))
+    sharing: Any = SimpleNamespace(stop=lambda: calls.append("stop"))
+    with pytest.raises(EngineError, match="it does not end"):
+        asyncio.run(Stages(*parts, sharing).end())
+    assert calls == ["stop"]
 
 
 def test_where_a_weaker_strategy_does_not_fit_the_first_error_is_told(

@@ -9,7 +9,7 @@ import pytest
 
 from chatterbox_vllm.arguments import policy_of
 from chatterbox_vllm.errors import ConfigurationError
-from chatterbox_vllm.quantization.policy import COMPONENTS, KEPT, STRATEGIES, Policy
+from chatterbox_vllm.quantization.policy import COMPONENTS, KEPT, STRATEGIES, VOCODER, Policy
 from chatterbox_vllm.quantization.spellings import SWITCHES, Given, resolve
 
 
@@ -185,7 +185,10 @@ def test_a_strategy_falls_back_step_by_step() -> None:
 
 def test_a_cpu_has_int8_in_place_of_a_strategy_s_methods(caplog: pytest.LogCaptureFixture) -> None:
     assert STRATEGIES["aggressive"].on_cpu().methods == dict.fromkeys(COMPONENTS, "int8")
-    assert "needs an NVIDIA GPU; on this CPU its parts are int8" in caplog.text
+    assert "needs an NVIDIA GPU; on a CPU t3, flow_encoder, estimator, voice_encoder will be int8" in caplog.text
+    beside = STRATEGIES["mixed"].on_cpu(VOCODER)
+    assert beside.methods == {**STRATEGIES["mixed"].methods, "flow_encoder": "int8", "estimator": "int8"}
+    assert resolved(use_bnb_quantization=True).on_cpu(VOCODER).t3 == "bnb-8bit"
     assert resolved(use_int8_quantization=True).on_cpu().t3 == "int8"
     with pytest.raises(ConfigurationError, match=r"bnb-8bit \(t3\) needs an NVIDIA GPU"):
         resolved(use_bnb_quantization=True).on_cpu()

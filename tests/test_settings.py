@@ -138,6 +138,17 @@ def test_a_higher_source_decides_about_quantisation() -> None:
     assert loaded({"quantization_strategy": "auto"}, {"CHATTERBOX_QUANTIZATION": "fp8"}).policy.strategy == "auto"
 
 
+def test_the_constructor_knows_the_spellings() -> None:
+    """Not only ``load``, which says component by component what they mean."""
+    assert Settings(quantization_strategy="mixed").policy == STRATEGIES["mixed"]
+    assert Settings(quantization_strategy="auto").policy.strategy == "auto"
+    assert Settings(use_bnb_quantization=True).policy.t3 == "bnb-8bit"
+    assert Settings(use_int8_quantization=True).policy.estimator == "int8"
+    assert not Settings().policy.is_quantized
+    with pytest.raises(ConfigurationError, match="disagree about t3"):
+        _ = Settings(use_bnb_quantization=True, use_int8_quantization=True).policy
+
+
 def test_a_strategy_may_have_capitals() -> None:
     """As a method may."""
     assert loaded({"quantization_strategy": "Mixed"}).policy == STRATEGIES["mixed"]

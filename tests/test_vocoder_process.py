@@ -435,6 +435,8 @@ def is_running(pid: str) -> bool:
         ({"vocoder_device": "cpu,cpu", "vocoder_process": False}, "vocoder_process=False .* vocoder_device='cpu,cpu'"),
         ({"vocoder_device": "cpu,cuda:99"}, "vocoder_device must be cpu.*, not 'cuda:99'"),
         ({"vocoder_device": ""}, "vocoder_device must be cpu"),
+        ({"vocoder_device": "cuda:"}, "vocoder_device must be cpu.*, not 'cuda:'"),
+        ({"vocoder_device": "cuda:00"}, "vocoder_device must be cpu.*, not 'cuda:00'"),
         ({"vocoder_dtype": "float8"}, "vocoder_dtype must be one of auto, float32, .*, not 'float8'"),
     ],
 )
@@ -442,6 +444,14 @@ def test_a_bad_engine_argument_is_named(demo: Checkpoint, arguments: dict[str, A
     with pytest.raises(ConfigurationError, match=f"^{said}") as refusal:
         asyncio.run(AsyncChatterbox.start(demo, **arguments))
     assert said.startswith(str(refusal.value.param))
+
+
+def test_a_card_has_one_worker(demo: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget counts it once."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigurationError, match=r"^vocoder_device='cuda,cuda:0' names cuda:0 twice") as refusal:
+        asyncio.run(AsyncChatterbox.start(demo, vocoder_device="cuda,cuda:0"))
+    assert refusal.value.param == "vocoder_device"
 
 
 @pytest.mark.parametrize(

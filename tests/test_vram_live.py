@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from chatterbox_vllm.bench import memory
 from chatterbox_vllm.bench.memory import main
 from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.errors import ConfigurationError, EngineError
@@ -133,6 +134,15 @@ def test_a_card_that_is_no_hopper_has_fewer_graphs(demo: Checkpoint, capsys: pyt
 
     assert "DECODE_ONLY" in mode("--no-step-graphs")
     assert "DECODE_ONLY" not in mode()
+
+
+def test_another_server_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(*_: object) -> bytes:
+        return b'{"ok": true}'
+
+    monkeypatch.setattr(memory, "_answer", answer)
+    with pytest.raises(EngineError, match="http://there does not answer as this server does: 'processes' is missing"):
+        main(["--url", "http://there", "--requests", "1"])
 
 
 def test_what_does_not_fit_is_refused(demo: Checkpoint) -> None:

@@ -126,8 +126,11 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
             memory = json.loads(await _answer(session, "/memory"))
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise EngineError(f"{arguments.url} cannot be asked: {type(error).__name__}: {error}") from error
-    expected = _expected(arguments, config, memory)
-    failures = [*_over_budget(memory), *_unlike(memory["components"], expected)]
+    try:
+        expected = _expected(arguments, config, memory)
+        failures = [*_over_budget(memory), *_unlike(memory["components"], expected)]
+    except (KeyError, TypeError) as error:
+        raise EngineError(f"{arguments.url} does not answer as this server does: {error} is missing") from error
     for name, amount in memory["memory_info"].items():
         _print(arguments, f"{name:<32}{amount:>12,.1f}")
     for process in memory["processes"]:
@@ -200,9 +203,10 @@ def _told(made: budget.Plan | ConfigurationError) -> str:
     if isinstance(made, ConfigurationError):
         return str(made).partition(" for ")[0]
     where = "a process of its own" if made.vocoder_process else "T3's process"
+    vocoder = "elsewhere" if made.vocoder_max_frames is None else f"{made.vocoder_max_frames} frames in {where}"
     return (
-        f"fits: {made.total / 2**20:,.0f} MiB, {made.max_batch_size} at once, vocoder {made.vocoder_max_frames} frames "
-        f"in {where}, enrolment on {made.enrolment_device}"
+        f"fits: {made.total / 2**20:,.0f} MiB, {made.max_batch_size} at once, vocoder {vocoder}, "
+        f"enrolment on {made.enrolment_device}"
     )
 
 

@@ -40,7 +40,9 @@ def record(t3: PlainT3, texts: Sequence[Sequence[int]], voice: VoiceFeatures, to
     with _listening(t3.llama) as heard:
         for seed, text in enumerate(texts):
             t3.speak(text, voice, SpeechOptions(seed=seed, max_tokens=tokens), can_end=False)
-    return [{name: _thinned(torch.cat(rows), ROWS) for name, rows in layer.items()} for layer in heard]
+    return [
+        {name: _thinned(torch.cat(heard_at), ROWS).flatten(0, 1) for name, heard_at in layer.items()} for layer in heard
+    ]
 
 
 @contextmanager
@@ -59,10 +61,10 @@ def _listening(llama: nn.Module) -> Iterator[list[dict[str, list[Tensor]]]]:
             hook.remove()
 
 
-def _keep(rows: list[Tensor], _module: nn.Module, inputs: tuple[Tensor]) -> None:
-    rows.append(_thinned(inputs[0].flatten(0, 1), _OF_PROMPT).clone())
+def _keep(positions: list[Tensor], _module: nn.Module, inputs: tuple[Tensor]) -> None:
+    positions.append(_thinned(inputs[0].transpose(0, 1), _OF_PROMPT).clone())
 
 
-def _thinned(rows: Tensor, most: int) -> Tensor:
-    """At most ``most`` of the rows, evenly spread."""
-    return rows[:: -(-len(rows) // most)]
+def _thinned(positions: Tensor, most: int) -> Tensor:
+    """(positions, halves, inputs) -> at most ``most`` rows, evenly spread and as many of each half of the guidance."""
+    return positions[:: -(-positions[..., 0].numel() // most)]

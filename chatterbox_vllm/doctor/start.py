@@ -12,7 +12,15 @@ from chatterbox_vllm.doctor import packages
 from chatterbox_vllm.doctor.finding import Finding, error, warn
 from chatterbox_vllm.errors import CheckpointError, ConfigurationError, MissingDependency
 from chatterbox_vllm.quantization.packing import Stored
-from chatterbox_vllm.quantization.policy import GPU_ONLY, Method, Policy, effective_method, without_gpu
+from chatterbox_vllm.quantization.policy import (
+    COMPONENTS,
+    GPU_ONLY,
+    VOCODER,
+    Method,
+    Policy,
+    effective_method,
+    without_gpu,
+)
 from chatterbox_vllm.settings import Settings
 
 _BROKEN: Final = (ImportError, OSError)
@@ -65,7 +73,8 @@ def _quantisation(settings: Settings, on_cpu: bool) -> Iterator[Finding]:
         return
     while True:
         try:
-            suited = policy.on_cpu(strict=settings.strict_quantization) if on_cpu else policy
+            on_cpus = COMPONENTS if on_cpu else VOCODER if "cpu" in str(settings.vocoder_device) else ()
+            suited = policy.on_cpu(on_cpus, strict=settings.strict_quantization)
             _check(suited if stored is None else suited.of_file(stored), stored, on_cpu)
         except (ConfigurationError, MissingDependency) as problem:
             remedy = problem.command if isinstance(problem, MissingDependency) else correct(problem.param)

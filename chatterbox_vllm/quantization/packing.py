@@ -202,10 +202,8 @@ def row_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _divisor(largest: Tensor) -> Tensor:
-    """A row of zeros has zeros for codes, whatever it is divided by, but 0."""
-    import torch
-
-    return largest.clamp(min=torch.finfo(torch.float32).tiny)
+    """A row of zeros has zeros for codes, whatever it is divided by that has a finite reciprocal."""
+    return largest.clamp(min=1e-30)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -150,13 +150,17 @@ class Policy:
         """With other methods for some components, by the same name."""
         return Policy(**self.methods | methods, strategy=self.strategy)
 
-    def on_cpu(self, *, strict: bool = False) -> Policy:
+    def on_cpu(self, components: Container[str] = COMPONENTS, *, strict: bool = False) -> Policy:
         """What of it a CPU can do: a strategy's 8-bit parts become int8, its 4-bit parts, too.
+
+        Args:
+            components: those that a CPU has; the others stay as they are.
+            strict: raise for a strategy's, too.
 
         Raises:
             ConfigurationError: a method that needs an NVIDIA GPU was named or, if ``strict``, is a strategy's.
         """
-        gpu_only = {name: method for name, method in self.methods.items() if method in GPU_ONLY}
+        gpu_only = {name: method for name, method in self.methods.items() if method in GPU_ONLY and name in components}
         if not gpu_only:
             return self
         if self.strategy is None or strict:
@@ -164,7 +168,8 @@ class Policy:
             raise ConfigurationError(
                 f"{method} ({name}) needs an NVIDIA GPU; on a CPU leave it out, or use int8", param="quantization"
             )
-        logger.warning("the strategy %s needs an NVIDIA GPU; on this CPU its parts are int8", self.strategy)
+        parts = ", ".join(gpu_only)
+        logger.warning("the strategy %s needs an NVIDIA GPU; on a CPU %s will be int8", self.strategy, parts)
         return self.but(**dict.fromkeys(gpu_only, str(Method.INT8)))
 
     def weaker(self) -> Policy | None:

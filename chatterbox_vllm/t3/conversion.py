@@ -73,7 +73,7 @@ def encoded(tensors: Iterable[tuple[str, Tensor]], stored: Stored, config: T3Con
 
 
 def converted(weights: Path, method: str, config: T3Config, cache: Path) -> Path:
-    """A T3 file like ``weights`` whose linear layers are quantised by ``method``; written once for each content.
+    """A T3 file like ``weights`` whose linear layers are quantised by ``method``; written once for each file.
 
     What the cache holds in its place but cannot be read, or is quantised otherwise, is replaced.
 

@@ -12,7 +12,7 @@ from chatterbox_vllm import checkpoint, sources
 from chatterbox_vllm.api import app
 from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.errors import EngineError
-from chatterbox_vllm.settings import Settings
+from chatterbox_vllm.settings import Settings, variables
 from tests.memory_support import Headers, full_headers
 from tests.promises.support import Started
 
@@ -62,8 +62,8 @@ def int8(demo: Checkpoint, cache: Path) -> Iterator[ChatterboxTTS]:
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Settings]:
     """What ``serve`` would run with; no .env and no variables of the developer's, and a GPU for the presets."""
     monkeypatch.chdir(tmp_path)
-    for name in Settings.model_fields:
-        monkeypatch.delenv(f"CHATTERBOX_{name.upper()}", raising=False)
+    for variable in (each for name in Settings.model_fields for each in variables(name)):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(sources, "_has_nvidia_gpu", lambda: True)
     seen: list[Settings] = []
     monkeypatch.setattr(app, "serve", seen.append)

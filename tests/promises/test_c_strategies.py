@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,9 +133,9 @@ def test_c_a_strategy_that_fails_gives_way_to_the_next(started: Started, caplog:
 
     started.by(ChatterboxTTS.from_pretrained_quantized, device="cpu", quantization_strategy="aggressive")
     methods = [(each["method"], each["flow_encoder"], each["estimator"]) for each in started.attempts]
-    assert methods == [("int8",) * 3] * 3 + [("none",) * 3]
-    for weaker in ("mixed", "conservative", "none"):
-        assert f"loading with {weaker}" in caplog.text
+    assert methods == [("int8",) * 3, ("none",) * 3]  # of a CPU, the strategies in between are the first one again
+    assert "the strategy aggressive does not work here" in caplog.text
+    assert "loading with none" in caplog.text
 
 
 @without_gpu
@@ -184,6 +185,7 @@ def test_c_the_sizes_are_corrected(full: Headers) -> None:
         assert f"{round(float(least[1].replace(',', ''))):,}" in told
 
 
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_c_estimates_are_within_5_percent(demo: Checkpoint) -> None:
     """Of the vocoder's networks, loaded and quantised; test_quantization_estimate.py has all the others."""
     from chatterbox_vllm.quantization_config import ChatterboxQuantizationConfig, QuantizationMemoryEstimator
@@ -195,7 +197,7 @@ def test_c_estimates_are_within_5_percent(demo: Checkpoint) -> None:
     networks = load_vocoder(demo.s3gen)
     quantize(networks, {"flow_encoder": own.flow_encoder, "estimator": own.estimator})
     estimate = QuantizationMemoryEstimator(demo, vocoder_itemsize=4).estimate(own)
-    time = estimate["estimator_time"].after if estimate["estimator_time"].place == "host" else 0
+    time = estimate["estimator_time"].after
     assert estimate.at("vocoder") + time == pytest.approx(bytes_of({"all": networks})["all"], rel=0.05)
 
 
