@@ -11,7 +11,7 @@ import torch
 
 from chatterbox_vllm.errors import ConfigurationError
 from chatterbox_vllm.quantization.policy import NONE, Policy
-from chatterbox_vllm.quantization.spellings import SPELLINGS, SWITCHES, Given, resolve
+from chatterbox_vllm.quantization.spellings import FIELDS, SPELLINGS, SWITCHES, Given, resolve
 from chatterbox_vllm.vocoder.blueprint import best_dtype
 
 DTYPES: Final[Mapping[str, torch.dtype | None]] = MappingProxyType(
@@ -50,7 +50,12 @@ def policy_of(quantization: Policy | str | None, engine_args: dict[str, Any]) ->
         return quantization
     if quantization is not None:
         given["quantization"] = Given(quantization, "quantization")
-    return resolve(given) if given else NONE
+    try:
+        return resolve(given) if given else NONE
+    except ConfigurationError as error:
+        if (field := FIELDS.get(error.param or "")) in given:  # the policy knows the component, and not how it was told
+            raise ConfigurationError(f"{field}: {error}", param=field) from None
+        raise
 
 
 def device_of(name: str, wanted: str | None) -> str | None:
@@ -99,6 +104,12 @@ def vocoder_dtype_of(wanted: str) -> torch.dtype | None:
             f"vocoder_dtype must be one of {', '.join(DTYPES)}, not {wanted!r}", param="vocoder_dtype"
         )
     return DTYPES[wanted]
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False: "false" is true to Python."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} must be True or False, not {value!r}", param=name)
 
 
 def check(name: str, value: Any, low: float, high: float, kind: type) -> None:

@@ -8,12 +8,10 @@ even the least fits, it refuses, with every item of the sum and with what would 
 from __future__ import annotations
 
 import math
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, Final
 
 from chatterbox_vllm import costs
@@ -34,25 +32,6 @@ _MOST_TOKENS: Final = 2_048
 """Of T3 in one step; vLLM's default."""
 _BATCHES: Final = tuple(2**power for power in range(8, -1, -1))
 """What ``max_batch_size`` may be when it is left open."""
-_UNITS: Final[Mapping[str, int]] = MappingProxyType(
-    {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-    | {"kib": 2**10, "mib": 2**20, "gib": 2**30}
-)
-
-
-def parse_bytes(value: str | int, *, param: str = "vram_budget") -> int:
-    """``2GiB``, ``2048MiB``, ``2g`` and 2147483648 are the same; ``2GB`` is 2,000,000,000.
-
-    Raises:
-        ConfigurationError: it is no amount of memory above 0.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
-    factor = _UNITS.get(match[2]) if match else None
-    size = float(match[1]) * factor if match and factor else 0.0
-    amount = int(size) if math.isfinite(size) else 0
-    if isinstance(value, bool) or amount <= 0:
-        raise ConfigurationError(f"{param}={value} is no amount of memory; write 2GiB, 2048MiB or bytes", param=param)
-    return amount
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from vllm.platforms import current_platform
 
-from chatterbox_vllm.arguments import check, device_of, policy_of, vocoder_devices, vocoder_dtype_of
+from chatterbox_vllm.arguments import check, check_switch, device_of, policy_of, vocoder_devices, vocoder_dtype_of
 from chatterbox_vllm.audio.watermark import Watermarker, WatermarkStream
-from chatterbox_vllm.budget import parse_bytes
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.errors import ConfigurationError, EngineDead, EngineError
-from chatterbox_vllm.loading import Setup, Stages, components_of, load, log_applied, settled
+from chatterbox_vllm.loading import Setup, Stages, check_for_cpu, components_of, load, log_applied, settled
+from chatterbox_vllm.memory import parse_bytes
 from chatterbox_vllm.parts import speaking, together, vocoded_whole
 from chatterbox_vllm.quantization.policy import Policy
 from chatterbox_vllm.streaming import vocoded
@@ -153,6 +153,12 @@ class AsyncChatterbox:
         check("max_model_len", max_model_len, LEAST_MODEL_LEN, MAX_MODEL_LEN, int)
         check("gpu_memory_utilization", gpu_memory_utilization, 0.01, 1.0, float)
         check("max_chunk_length", max_chunk_length, *CHUNK_LENGTHS, int)
+        check_switch("strict_quantization", strict_quantization)
+        check_switch("mps", mps)
+        check_switch("mask_invalid_tokens", mask_invalid_tokens)
+        check_switch("watermark", watermark)
+        if vocoder_process is not None:
+            check_switch("vocoder_process", vocoder_process)
         if "max_num_seqs" in engine_args:
             raise ConfigurationError("max_num_seqs is called max_batch_size here", param="max_num_seqs")
         on_gpu = not current_platform.is_cpu()
@@ -165,6 +171,9 @@ class AsyncChatterbox:
         where = device_of("device", device) or ("cuda" if on_gpu else "cpu")
         devices = vocoder_devices(where if vocoder_device is None else vocoder_device, vocoder_process)
         vocoder_type = vocoder_dtype_of(vocoder_dtype)
+        budget = None if vram_budget is None else parse_bytes(vram_budget)
+        if not on_gpu:
+            check_for_cpu(policy, budget, strict=strict_quantization)
         checkpoint = model if isinstance(model, Checkpoint) else await asyncio.to_thread(resolve, model, variant)
         if checkpoint.is_demo:
             logger.warning("%s holds random weights: it speaks noise", checkpoint.folder)
@@ -184,7 +193,7 @@ class AsyncChatterbox:
                 **engine_args,
             },
             mps=mps,
-            budget=None if vram_budget is None else parse_bytes(vram_budget),
+            budget=budget,
         )
         setup = await asyncio.to_thread(settled, setup, strict=strict_quantization)
         # What takes no time comes first, so that its errors do, too.

@@ -124,11 +124,22 @@ def settled(setup: Setup, *, strict: bool = False) -> Setup:
     return replace(made, policy=made.policy.on_cpu(VOCODER, strict=strict))
 
 
+def check_for_cpu(policy: Policy, budget: int | None, *, strict: bool) -> None:
+    """What a CPU refuses, whichever the checkpoint is.
+
+    Raises:
+        ConfigurationError: it needs an NVIDIA GPU.
+    """
+    if budget is not None:
+        raise ConfigurationError("vram_budget is a GPU's; leave it out on a CPU", param="vram_budget")
+    if strict or policy.strategy is None:
+        policy.on_cpu(strict=strict)
+
+
 def _settled(setup: Setup, *, strict: bool) -> Setup:
     stored = Stored.of(setup.checkpoint.t3)
     if not setup.on_gpu:
-        if setup.budget is not None:
-            raise ConfigurationError("vram_budget is a GPU's; leave it out on a CPU", param="vram_budget")
+        check_for_cpu(setup.policy, setup.budget, strict=strict)
         auto = setup.policy.strategy == QuantizationStrategy.AUTO
         if auto:
             logger.info("quantization_strategy=auto is none: it goes by a card's memory, and this is a CPU")

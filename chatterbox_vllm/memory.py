@@ -1,17 +1,26 @@
-"""The memory that this process may take: the machine's, or less where a control group (a container) sets a limit; and
-what torch has of a GPU."""
+"""The memory that this process may take: the machine's, or less where a control group (a container) sets a limit; what
+torch has of a GPU; and amounts as people write them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from chatterbox_vllm.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import torch
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
+_UNITS: Final[Mapping[str, int]] = MappingProxyType(
+    {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+    | {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+)
 
 
 class Memory(NamedTuple):
@@ -94,3 +103,18 @@ def _page_cache(group: Path) -> int:
         return 0
     sizes = dict(line.split(maxsplit=1) for line in lines)
     return int(sizes.get("total_inactive_file") or sizes.get("inactive_file") or 0)
+
+
+def parse_bytes(value: str | int, *, param: str = "vram_budget") -> int:
+    """``2GiB``, ``2048MiB``, ``2g`` and 2147483648 are the same; ``2GB`` is 2,000,000,000.
+
+    Raises:
+        ConfigurationError: it is no amount of memory above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
+    factor = _UNITS.get(match[2]) if match else None
+    size = float(match[1]) * factor if match and factor else 0.0
+    amount = int(size) if math.isfinite(size) else 0
+    if isinstance(value, bool) or amount <= 0:
+        raise ConfigurationError(f"{param}={value} is no amount of memory; write 2GiB, 2048MiB or bytes", param=param)
+    return amount

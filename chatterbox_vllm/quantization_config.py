@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from chatterbox_vllm.checkpoint import resolve
-from chatterbox_vllm.quantization import estimate, spellings
+from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.quantization import spellings
+from chatterbox_vllm.quantization.estimate import Estimate, Files
+from chatterbox_vllm.quantization.estimate import QuantizationMemoryEstimator as Estimator
 from chatterbox_vllm.quantization.policy import Policy, QuantizationStrategy
 
 __all__ = ["ChatterboxQuantizationConfig", "QuantizationMemoryEstimator", "QuantizationStrategy"]
@@ -43,7 +46,7 @@ class _OfClass:
         return partial(self._method, owner() if instance is None else instance)
 
 
-class QuantizationMemoryEstimator(estimate.QuantizationMemoryEstimator):
+class QuantizationMemoryEstimator(Estimator):
     """Weighs one checkpoint.
 
     Args:
@@ -54,7 +57,19 @@ class QuantizationMemoryEstimator(estimate.QuantizationMemoryEstimator):
         CheckpointError: there is no such checkpoint, or a file cannot be read.
     """
 
-    def __init__(self, checkpoint: str | Path | estimate.Files = "english", **sizes: int) -> None:
+    def __init__(self, checkpoint: str | Path | Files = "english", **sizes: int) -> None:
         super().__init__(resolve(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint, **sizes)
 
-    compare_strategies = _OfClass(estimate.QuantizationMemoryEstimator.compare_strategies)
+    def estimate(self, policy: Policy | str) -> Estimate:
+        """What the engine will keep under ``policy``, or the strategy of that name.
+
+        Raises:
+            ConfigurationError: there is no such strategy, or it is auto, which a card decides.
+        """
+        if not isinstance(policy, Policy):
+            policy = spellings.resolve({"quantization_strategy": spellings.Given(policy, "policy")})
+        if policy.strategy == QuantizationStrategy.AUTO:
+            raise ConfigurationError("auto goes by a card's free memory; name a strategy", param="policy")
+        return super().estimate(policy)
+
+    compare_strategies = _OfClass(Estimator.compare_strategies)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, Literal, Self, get_args, get_origin
 
 import annotated_types
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +28,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from chatterbox_vllm.memory import parse_bytes
 from chatterbox_vllm.quantization.policy import STRATEGIES, Policy
 from chatterbox_vllm.quantization.spellings import FIELDS, SPELLINGS, Given, resolve
 from chatterbox_vllm.types import CHUNK_LENGTHS, MAX_MODEL_LEN, MAX_SPEECH_TOKENS, OPTION_RANGES, SpeechOptions
@@ -83,6 +85,11 @@ def _bytes_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _amount(value: str) -> str:
+    parse_bytes(value)
+    return value
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
@@ -99,7 +106,12 @@ PresetName = Literal["ultra-low-vram", "low-vram", "medium-vram", "high-vram"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Text = Annotated[str, Field(min_length=1), annotated_types.doc("text, not empty")]
-Amount = Annotated[str, BeforeValidator(_bytes_as_text)]
+Amount = Annotated[
+    str,
+    BeforeValidator(_bytes_as_text),
+    AfterValidator(_amount),
+    annotated_types.doc("an amount of memory: 2GiB, 2048MiB or bytes"),
+]
 LanguageCode = Annotated[str, Field(pattern="^[a-z]{2}$"), annotated_types.doc("two small letters, as en")]
 MethodName = Annotated[
     str, Field(pattern=r"^[A-Za-z0-9_\-]+$"), annotated_types.doc("a name of letters, digits, _ and -")

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from chatterbox_vllm.arguments import check_switch
 from chatterbox_vllm.checkpoint import FILES, Checkpoint, Variant, as_variant
 from chatterbox_vllm.engine import AsyncChatterbox, together
-from chatterbox_vllm.errors import EngineDead, InvalidRequest
+from chatterbox_vllm.errors import ConfigurationError, EngineDead, InvalidRequest
 from chatterbox_vllm.loop_thread import LoopThread
 from chatterbox_vllm.text.frontend import check_text
 from chatterbox_vllm.text.languages import SUPPORTED_LANGUAGES
@@ -201,12 +202,15 @@ class ChatterboxTTS:
 
     def update_exaggeration(self, cond_emb: Conditionals, exaggeration: float) -> Conditionals:
         """The same voice, speaking with another ``exaggeration``."""
-        return replace(cond_emb, exaggeration=SpeechOptions(exaggeration=exaggeration).exaggeration)
+        conditionals = _of_kind("cond_emb", cond_emb, Conditionals)
+        return replace(conditionals, exaggeration=SpeechOptions(exaggeration=exaggeration).exaggeration)
 
     def generate_with_conds(
         self, text: str | Sequence[str], s3gen_ref: VoiceFeatures, cond_emb: Conditionals, **options: Any
     ) -> Any:
         """``generate`` with the timbre of ``s3gen_ref`` and the delivery of ``cond_emb``, which may be two voices'."""
+        cond_emb = _of_kind("cond_emb", cond_emb, Conditionals)
+        s3gen_ref = _of_kind("s3gen_ref", s3gen_ref, VoiceFeatures)
         voice = replace(
             cond_emb.voice,
             prompt_tokens=s3gen_ref.prompt_tokens,
@@ -328,13 +332,30 @@ class ChatterboxMultilingualTTS(ChatterboxTTS):
 
 
 def _own_names(engine: dict[str, Any]) -> dict[str, Any]:
-    """``engine`` with our names for what another project calls otherwise."""
+    """``engine`` with our names for what another project calls otherwise.
+
+    Raises:
+        ConfigurationError: one is neither True nor False, or is given by both names.
+    """
     named = dict(engine)
-    if (wanted := named.pop("compile", None)) is not None:
-        named.setdefault("enforce_eager", not wanted)
-    if named.pop("s3gen_use_fp16", False):
-        named.setdefault("vocoder_dtype", "float16")
+    for other, own in (("compile", "enforce_eager"), ("s3gen_use_fp16", "vocoder_dtype")):
+        if (wanted := named.pop(other, None)) is None:
+            continue
+        check_switch(other, wanted)
+        if own in named:
+            raise ConfigurationError(f"{other} and {own} say the same; give one", param=other)
+        if own == "enforce_eager":
+            named[own] = not wanted
+        elif wanted:
+            named[own] = "float16"
     return named
+
+
+def _of_kind(name: str, value: Any, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        told = f"{name} must be what get_audio_conditionals returns, a {kind.__name__}, not {type(value).__name__}"
+        raise InvalidRequest(told, param=name)
+    return value
 
 
 def _model(variant: Variant, engine: dict[str, Any]) -> str:

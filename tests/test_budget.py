@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from vllm import AsyncEngineArgs
 
-from chatterbox_vllm.budget import Plan, choose_strategy, compare, parse_bytes, plan
+from chatterbox_vllm.budget import Plan, choose_strategy, compare, plan
 from chatterbox_vllm.checkpoint import Checkpoint, resolve
 from chatterbox_vllm.convert import quantize
 from chatterbox_vllm.costs import (
@@ -23,6 +23,7 @@ from chatterbox_vllm.costs import (
     position_bytes,
 )
 from chatterbox_vllm.errors import ConfigurationError
+from chatterbox_vllm.memory import parse_bytes
 from chatterbox_vllm.quantization.policy import STRATEGIES, Policy
 from chatterbox_vllm.settings import PRESETS
 from chatterbox_vllm.t3.folder import infer_config, model_folder

@@ -123,8 +123,8 @@ def test_spellings_of_quantisation(environment: dict[str, str], t3: str, estimat
 
 def test_a_budget_in_config_py_may_be_a_number_of_bytes() -> None:
     assert loaded(deployment={"vram_budget": 2**31}) == loaded(environment={"CHATTERBOX_VRAM_BUDGET": str(2**31)})
-    for wrong in (True, 2.5):
-        with pytest.raises(ConfigurationError, match=r"^config\.py: vram_budget=.*: must be text$"):
+    for wrong in (True, 2.5, "bogus"):
+        with pytest.raises(ConfigurationError, match=r"^config\.py: vram_budget=.*: must be an amount of memory: 2GiB"):
             loaded(deployment={"vram_budget": wrong})
 
 

@@ -226,6 +226,9 @@ def test_conditionals(model: ChatterboxTTS, anna: Path) -> None:
     s3gen_ref, cond = model.get_audio_conditionals(anna)
     assert isinstance(s3gen_ref, VoiceFeatures)
     assert torch.equal(model.generate_with_conds(TEXT, s3gen_ref, cond, **usual), model.generate(TEXT, anna, **usual))
+    for wrong in ({"s3gen_ref": s3gen_ref, "cond_emb": None}, {"s3gen_ref": {}, "cond_emb": cond}):
+        with pytest.raises(InvalidRequest, match="must be what get_audio_conditionals returns, a"):
+            model.generate_with_conds(TEXT, **wrong)
     lively = model.update_exaggeration(cond, 1.7)
     said = model.generate_with_conds([TEXT, TEXT], s3gen_ref, lively, **usual)
     assert all(torch.equal(wav, model.generate(TEXT, anna, exaggeration=1.7, **usual)) for wav in said)

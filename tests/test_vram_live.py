@@ -145,6 +145,40 @@ def test_another_server_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["--url", "http://there", "--requests", "1"])
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--url", "http://there", "--vram-budget", "2GiB"], "^--vram-budget does not go with --url; leave it out"),
+        (["--url", "http://there", "--no-step-graphs"], "^--no-step-graphs does not go with --url"),
+        (["--model", "demo", "--requests", "3"], "^--requests needs --url"),
+        (["--url", "there"], "^--url=there is no address; write http://"),
+        (["--url", ""], "^--url= is no address"),
+    ],
+)
+def test_an_option_without_an_effect_is_refused(options: list[str], told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told):
+        main(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--seconds", "-1"], "--seconds: must be more than 0"),
+        (["--timeout", "soon"], "--timeout: 'soon' is not a number"),
+        (["--max-model-len", "abc"], "--max-model-len: 'abc' is not a whole number"),
+        (["--max-batch-size", "0"], "--max-batch-size: must be at least 1"),
+    ],
+)
+def test_a_number_that_is_none(options: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(options)
+    assert told in capsys.readouterr().err
+
+
+def test_an_address_may_have_the_path_of_openai_s(server: Running) -> None:
+    assert main(["--url", f"{server.url}/v1", "--requests", "1"]) == 0
+
+
 def test_what_does_not_fit_is_refused(demo: Checkpoint) -> None:
     with pytest.raises(ConfigurationError, match="what would fit"):
         main(["--model", str(demo.folder), "--vram-budget", "512MiB"])

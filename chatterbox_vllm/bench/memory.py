@@ -22,10 +22,11 @@ import aiohttp
 
 from chatterbox_vllm import budget
 from chatterbox_vllm.bench import sentences
-from chatterbox_vllm.bench.options import count
+from chatterbox_vllm.bench.options import count, positive, whole
 from chatterbox_vllm.checkpoint import Checkpoint, Variant, resolve
 from chatterbox_vllm.costs import Demand
 from chatterbox_vllm.errors import ConfigurationError, EngineError
+from chatterbox_vllm.memory import parse_bytes
 from chatterbox_vllm.quantization import estimate
 from chatterbox_vllm.quantization.policy import COMPONENTS, STRATEGIES, Method, Policy, QuantizationStrategy, canonical
 from chatterbox_vllm.sources import load
@@ -33,6 +34,12 @@ from chatterbox_vllm.types import MAX_MODEL_LEN
 
 TOLERANCE: Final = 0.05
 """How far what is computed may be from what is measured."""
+_OF_COMPUTED: Final = (
+    *("quantization", "quantization_strategy", "vram_budget", "max_batch_size", "max_model_len"),
+    *("vocoder_elsewhere", "multiprocessors", "no_step_graphs"),
+)
+_OF_MEASURED: Final = ("requests", "seconds", "timeout")
+"""Options that count without --url, and with it."""
 _STRATEGIES: Final = (*STRATEGIES, str(QuantizationStrategy.AUTO))
 _MEASURED: Final[Mapping[str, str]] = {
     **{name: name for name in ("t3", "t3_embeddings", "flow_encoder", "estimator", "hift")},
@@ -62,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
     live = made.add_argument_group("measured")
     live.add_argument("--url", help="of a running server, as http://127.0.0.1:8000")
     live.add_argument("--requests", type=count, default=4, help="that it speaks first, at once (default: %(default)s)")
-    live.add_argument("--seconds", type=float, default=10.0, help="of each (default: %(default)s)")
-    live.add_argument("--timeout", type=float, default=300.0, help="seconds for them (default: %(default)s)")
+    live.add_argument("--seconds", type=positive, default=10.0, help="of each (default: %(default)s)")
+    live.add_argument("--timeout", type=positive, default=300.0, help="seconds for them (default: %(default)s)")
     return made
 
 
@@ -90,7 +97,7 @@ def computed(arguments: argparse.Namespace) -> dict[str, Any]:
     _print(arguments, estimate.table(estimates.values()))
     if arguments.vram_budget is None:
         return result
-    available = budget.parse_bytes(arguments.vram_budget)
+    available = parse_bytes(arguments.vram_budget)
     plans = budget.compare(available, demand)
     result["fits"] = {name: _summary(each) for name, each in plans.items()}
     _print(arguments, "\n" + "\n".join(f"{name:<14}{_told(each)}" for name, each in plans.items()))
@@ -115,11 +122,12 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         EngineError: the server does not answer, or not as ours does.
     """
+    checkpoint = None if arguments.model is None else _checkpoint(arguments)
     key = load().api_key
     headers = {"Authorization": f"Bearer {key.get_secret_value()}"} if key else {}
     timeout = aiohttp.ClientTimeout(total=arguments.timeout)
     try:
-        async with aiohttp.ClientSession(arguments.url.rstrip("/"), headers=headers, timeout=timeout) as session:
+        async with aiohttp.ClientSession(arguments.url.rstrip("/") + "/", headers=headers, timeout=timeout) as session:
             texts = [sentences.text(number, arguments.seconds) for number in range(arguments.requests)]
             await asyncio.gather(*(_answer(session, "/v1/audio/speech", {"input": text}) for text in texts))
             config = json.loads(await _answer(session, "/config"))
@@ -127,7 +135,7 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         raise EngineError(f"{arguments.url} cannot be asked: {type(error).__name__}: {error}") from error
     try:
-        expected = _expected(arguments, config, memory)
+        expected = {} if checkpoint is None else _expected(checkpoint, config, memory)
         failures = [*_over_budget(memory), *_unlike(memory["components"], expected)]
     except (KeyError, TypeError) as error:
         raise EngineError(f"{arguments.url} does not answer as this server does: {error} is missing") from error
@@ -146,17 +154,33 @@ async def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     arguments = parser().parse_args(argv)
-    result = asyncio.run(measured(arguments)) if arguments.url else computed(arguments)
+    _check_options(arguments)
+    result = computed(arguments) if arguments.url is None else asyncio.run(measured(arguments))
     if arguments.json:
         print(json.dumps(result, indent=1))
     return 1 if result.get("failures") else 0
 
 
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuses what would have no effect.
+
+    Raises:
+        ConfigurationError: an option of the other kind is given, or the address is none.
+    """
+    idle, why = (_OF_MEASURED, "needs --url") if arguments.url is None else (_OF_COMPUTED, "does not go with --url")
+    for name in idle:
+        if getattr(arguments, name) != parser().get_default(name):
+            raise ConfigurationError(f"--{name.replace('_', '-')} {why}; leave it out", param=name)
+    if arguments.url is not None and not arguments.url.startswith(("http://", "https://")):
+        raise ConfigurationError(f"--url={arguments.url} is no address; write http://127.0.0.1:8000", param="url")
+
+
 def _length(text: str) -> int:
     """What ``serve`` takes for ``max_model_len``."""
-    if not budget.SHORTEST <= int(text) <= MAX_MODEL_LEN:
+    length = whole(text)
+    if not budget.SHORTEST <= length <= MAX_MODEL_LEN:
         raise argparse.ArgumentTypeError(f"must be from {budget.SHORTEST} to {MAX_MODEL_LEN}")
-    return int(text)
+    return length
 
 
 def _checkpoint(arguments: argparse.Namespace) -> Checkpoint:
@@ -219,15 +243,13 @@ async def _answer(session: aiohttp.ClientSession, path: str, body: Mapping[str, 
         return content
 
 
-def _expected(arguments: argparse.Namespace, config: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of each component by computation; empty where there is no checkpoint to compute from."""
-    if arguments.model is None:
-        return {}
+def _expected(checkpoint: Checkpoint, config: Mapping[str, Any], memory: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of each component by computation."""
     on_cpu = not any(process["allocated"] for process in memory["processes"])
     methods = {name: part["method"] for name, part in config["components"].items() if name in COMPONENTS}
     given = config["settings"]
     estimator = estimate.QuantizationMemoryEstimator(
-        _checkpoint(arguments),
+        checkpoint,
         itemsize=_itemsize(given["dtype"], in_full=on_cpu and methods["t3"] != Method.AWQ),
         vocoder_itemsize=_itemsize(given["vocoder_dtype"], in_full=on_cpu),
     )

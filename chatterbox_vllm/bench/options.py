@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+Number = TypeVar("Number", int, float)
 _UNTOLD: Final = frozenset({"json", "api_key"})
 
 
 def positive(text: str) -> float:
     """More than 0, and finite."""
-    value = float(text)
+    value = _number(text, float, "a number")
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError("must be more than 0")
     return value
@@ -20,10 +22,22 @@ def positive(text: str) -> float:
 
 def count(text: str) -> int:
     """1 or more."""
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
+
+
+def whole(text: str) -> int:
+    """Any whole number."""
+    return _number(text, int, "a whole number")
+
+
+def _number(text: str, kind: Callable[[str], Number], name: str) -> Number:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
 
 
 def output(text: str) -> Path:

@@ -47,14 +47,7 @@ def refusals(settings: Settings, *, on_cpu: bool) -> Iterator[Finding]:
 
 
 def _budget(settings: Settings, on_cpu: bool) -> None:
-    if settings.vram_budget is None:
-        return
-    try:
-        from chatterbox_vllm.budget import parse_bytes
-    except _BROKEN:
-        return
-    parse_bytes(settings.vram_budget)
-    if on_cpu:
+    if settings.vram_budget is not None and on_cpu:
         raise ConfigurationError("vram_budget is a GPU's; leave it out on a CPU", param="vram_budget")
 
 
@@ -86,6 +79,9 @@ def _quantisation(settings: Settings, on_cpu: bool) -> Iterator[Finding]:
             yield warn(name, told, remedy)
             policy = weaker
         else:
+            if suited.t3 not in frozenset(Method):
+                told = f"quantization={suited.t3} is vLLM's own: many of these need a checkpoint made for them"
+                yield warn(name, told, f"if the start refuses it, choose {', '.join(Method)}")
             return
 
 

@@ -165,9 +165,10 @@ class Policy:
             return self
         if self.strategy is None or strict:
             name, method = next(iter(gpu_only.items()))
-            raise ConfigurationError(
-                f"{method} ({name}) needs an NVIDIA GPU; on a CPU leave it out, or use int8", param="quantization"
-            )
+            remedy = "leave it out, or use int8"
+            if self.strategy is not None:
+                remedy = f"the strategy {self.strategy} has int8 in its place, unless strict_quantization is set"
+            raise ConfigurationError(f"{method} ({name}) needs an NVIDIA GPU; on a CPU {remedy}", param="quantization")
         parts = ", ".join(gpu_only)
         logger.warning("the strategy %s needs an NVIDIA GPU; on a CPU %s will be int8", self.strategy, parts)
         return self.but(**dict.fromkeys(gpu_only, str(Method.INT8)))

@@ -212,6 +212,10 @@ def _refused(error: ValueError, arguments: Mapping[str, Any]) -> ConfigurationEr
         if placed := [name for name in first["loc"] if name in arguments]:
             name = str(placed[0])
             return ConfigurationError(f"{name}: {complaint}, not {arguments[name]!r:.80}", param=name)
+    if "Cannot find the config file for" in complaint:
+        method = arguments["quantization"]
+        told = f"quantization={method} needs a checkpoint made for it; give one, or choose {', '.join(Method)}"
+        return ConfigurationError(f"{told} ({complaint})", param="quantization")
     named = [name for name in arguments if name in complaint]
     first_named = min(named, key=complaint.index, default=None)
     return ConfigurationError(f"{first_named or 'vLLM refuses its arguments'}: {complaint}", param=first_named)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from chatterbox_vllm import checkpoint
 from chatterbox_vllm.checkpoint import Checkpoint
 from chatterbox_vllm.errors import MissingDependency
 from chatterbox_vllm.quantization import matrices
@@ -46,9 +47,12 @@ def test_a_every_linear_layer_of_t3_and_nothing_else(demo: Checkpoint) -> None:
     ("kind", "weights"), [("ChatterboxTTS", "demo"), ("ChatterboxMultilingualTTS", "multilingual_demo")]
 )
 def test_a_use_bnb_quantization_is_cuda_only(
-    kind: str, weights: str, started: Started, request: pytest.FixtureRequest
+    kind: str, weights: str, started: Started, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Which is said before anything is downloaded."""
     import chatterbox_vllm
+
+    monkeypatch.setattr(checkpoint, "download", lambda *_, **__: pytest.fail("the weights were downloaded"))
 
     made, folder = getattr(chatterbox_vllm, kind), request.getfixturevalue(weights).folder
     with pytest.raises(ValueError, match="CUDA"):

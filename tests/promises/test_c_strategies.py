@@ -104,6 +104,9 @@ def test_c_names_of_the_configuration(demo: Checkpoint, monkeypatch: pytest.Monk
     monkeypatch.setattr("chatterbox_vllm.quantization_config.resolve", lambda name: {"english": demo}[name])
     assert QuantizationMemoryEstimator.compare_strategies() == compared
     assert list(compared) == ["none", "conservative", "mixed", "aggressive"]
+    assert QuantizationMemoryEstimator(demo).estimate("mixed") == compared["mixed"]
+    with pytest.raises(ConfigurationError, match="auto goes by a card's free memory"):
+        QuantizationMemoryEstimator(demo).estimate("auto")
     cards = [each.card for each in compared.values()]
     assert cards == sorted(cards, reverse=True)
     assert len(set(cards)) == 4
