@@ -3,9 +3,9 @@
     chatterbox-vllm demo-checkpoint full-demo --size full && chatterbox-vllm quantize full-demo full-awq
     python benchmarks/t3_in_turns.py --models full-demo full-awq --json turns.json
 
-A host is faster in one minute than in the next, by up to a fifth, and so is one start than the next one
-(docs/benchmarks.md). Here all engines are loaded at once, each in a process of its own, and one of them works at a
-time. Prints the medians of each, and of the ratios to the first one's round before.
+A host may be twice as fast in one round as in another, and starts differ, too (docs/benchmarks.md). Here all engines
+are loaded at once, each in a process of its own, and one of them works at a time. Prints the medians of each, and of
+the ratios to the first one's round before.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def policy_of(quantization: Policy | str | None, engine_args: dict[str, Any]) ->
     given: dict[str, Given] = {name: Given(engine_args.pop(name), name) for name in SPELLINGS if name in engine_args}
     given = {name: each for name, each in given.items() if each.value is not None}
     for name, each in given.items():
-        if name in SWITCHES and not isinstance(each.value, bool):  # "false" is true to Python
-            raise ConfigurationError(f"{name} must be True, False or None, not {each.value!r}", param=name)
+        if name in SWITCHES:
+            check_switch(name, each.value, "True, False or None")
     if isinstance(quantization, Policy):
         if given:
             both = f"quantization is a whole policy, and {next(iter(given))} is given, too"
@@ -106,10 +106,10 @@ def vocoder_dtype_of(wanted: str) -> torch.dtype | None:
     return DTYPES[wanted]
 
 
-def check_switch(name: str, value: Any) -> None:
+def check_switch(name: str, value: Any, allowed: str = "True or False") -> None:
     """Refuses what is neither True nor False: "false" is true to Python."""
     if not isinstance(value, bool):
-        raise ConfigurationError(f"{name} must be True or False, not {value!r}", param=name)
+        raise ConfigurationError(f"{name} must be {allowed}, not {value!r}", param=name)
 
 
 def check(name: str, value: Any, low: float, high: float, kind: type) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 
 from chatterbox_vllm.quantization.estimate import Estimate, Files, QuantizationMemoryEstimator, T3Sizes
 from chatterbox_vllm.quantization.policy import Method, Policy
+from chatterbox_vllm.t3.positions import OVERHEAD
 from chatterbox_vllm.types import MAX_SPEECH_TOKENS
 from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN
 from chatterbox_vllm.vocoder.stage import FEWEST_IN_PIECES
@@ -60,8 +61,6 @@ ENROLMENT_BYTES: Final = 256 * MIB
 
 BLOCK: Final = 16
 """Positions in a block of T3's KV cache."""
-OVERHEAD: Final = 38
-"""Of the voice and the control tokens."""
 RECORDING_FRAMES: Final = 500
 """Mel frames of a voice's recording, at most."""
 _SMALLEST_ROOM: Final = 1_024

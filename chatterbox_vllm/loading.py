@@ -216,8 +216,12 @@ async def load(setup: Setup, *, strict: bool) -> tuple[Setup, Stages]:
             if strict or not _is_of_quantization(error):
                 raise
             weaker = _weaker(setup, error)
-            names = setup.policy.strategy, weaker.policy.strategy
-            logger.warning("the strategy %s does not work here: %s; loading with %s", names[0], error, names[1])
+            logger.warning(
+                "the strategy %s does not work here: %s; loading with %s",
+                setup.policy.strategy,
+                error,
+                weaker.policy.strategy,
+            )
             setup = weaker
 
 

@@ -338,17 +338,21 @@ def _own_names(engine: dict[str, Any]) -> dict[str, Any]:
         ConfigurationError: one is neither True nor False, or is given by both names.
     """
     named = dict(engine)
-    for other, own in (("compile", "enforce_eager"), ("s3gen_use_fp16", "vocoder_dtype")):
-        if (wanted := named.pop(other, None)) is None:
-            continue
+    if (compiled := _switch(named, "compile", "enforce_eager")) is not None:
+        named["enforce_eager"] = not compiled
+    if _switch(named, "s3gen_use_fp16", "vocoder_dtype"):
+        named["vocoder_dtype"] = "float16"
+    return named
+
+
+def _switch(named: dict[str, Any], other: str, own: str) -> bool | None:
+    """Takes another project's switch out of ``named``; None where it is not given."""
+    wanted: bool | None = named.pop(other, None)
+    if wanted is not None:
         check_switch(other, wanted)
         if own in named:
             raise ConfigurationError(f"{other} and {own} say the same; give one", param=other)
-        if own == "enforce_eager":
-            named[own] = not wanted
-        elif wanted:
-            named[own] = "float16"
-    return named
+    return wanted
 
 
 def _of_kind(name: str, value: Any, kind: type[T]) -> T:

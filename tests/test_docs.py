@@ -312,8 +312,8 @@ def test_arguments_of_the_python_api() -> None:
 
 
 def test_numbers_of_the_architecture() -> None:
-    from chatterbox_vllm.t3.positions import POSITIONS, VOICE_LENGTH, WEIGHT_STEPS
-    from chatterbox_vllm.t3.prompt import OVERHEAD, STREAM_INTERVAL
+    from chatterbox_vllm.t3.positions import OVERHEAD, POSITIONS, VOICE_LENGTH, WEIGHT_STEPS
+    from chatterbox_vllm.t3.prompt import STREAM_INTERVAL
     from chatterbox_vllm.vocoder.encoder import FRAMES_PER_TOKEN, LOOKAHEAD_TOKENS
     from chatterbox_vllm.vocoder.hift import REACH
     from chatterbox_vllm.vocoder.stage import MAX_FRAMES

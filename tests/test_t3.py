@@ -15,8 +15,8 @@ from chatterbox_vllm.errors import CheckpointError, ConfigurationError
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.folder import infer_config, model_folder
 from chatterbox_vllm.t3.launch import cache_bytes_per_position, engine_arguments
-from chatterbox_vllm.t3.positions import ORIGIN, prompt_positions, unpack, weight_steps
-from chatterbox_vllm.t3.prompt import OVERHEAD, prompt_tokens
+from chatterbox_vllm.t3.positions import ORIGIN, OVERHEAD, prompt_positions, unpack, weight_steps
+from chatterbox_vllm.t3.prompt import prompt_tokens
 from chatterbox_vllm.types import START_SPEECH
 from tests.t3_reference import Request, upstream_cond, upstream_t3
 

@@ -168,8 +168,9 @@ def _check_options(arguments: argparse.Namespace) -> None:
         ConfigurationError: an option of the other kind is given, or the address is none.
     """
     idle, why = (_OF_MEASURED, "needs --url") if arguments.url is None else (_OF_COMPUTED, "does not go with --url")
+    unset = parser()
     for name in idle:
-        if getattr(arguments, name) != parser().get_default(name):
+        if getattr(arguments, name) != unset.get_default(name):
             raise ConfigurationError(f"--{name.replace('_', '-')} {why}; leave it out", param=name)
     if arguments.url is not None and not arguments.url.startswith(("http://", "https://")):
         raise ConfigurationError(f"--url={arguments.url} is no address; write http://127.0.0.1:8000", param="url")

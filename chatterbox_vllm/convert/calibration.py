@@ -41,7 +41,8 @@ def record(t3: PlainT3, texts: Sequence[Sequence[int]], voice: VoiceFeatures, to
         for seed, text in enumerate(texts):
             t3.speak(text, voice, SpeechOptions(seed=seed, max_tokens=tokens), can_end=False)
     return [
-        {name: _thinned(torch.cat(heard_at), ROWS).flatten(0, 1) for name, heard_at in layer.items()} for layer in heard
+        {name: _thinned(torch.cat(positions), ROWS).flatten(0, 1) for name, positions in layer.items()}
+        for layer in heard
     ]
 
 

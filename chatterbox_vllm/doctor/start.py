@@ -64,9 +64,11 @@ def _quantisation(settings: Settings, on_cpu: bool) -> Iterator[Finding]:
     except CheckpointError as problem:
         yield error(name, str(problem), "get the file anew, or give another model")
         return
+    on_cpus: tuple[str, ...] = COMPONENTS if on_cpu else ()
+    if "cpu" in (settings.vocoder_device or ""):
+        on_cpus = (*on_cpus, *VOCODER)
     while True:
         try:
-            on_cpus = COMPONENTS if on_cpu else VOCODER if "cpu" in str(settings.vocoder_device) else ()
             suited = policy.on_cpu(on_cpus, strict=settings.strict_quantization)
             _check(suited if stored is None else suited.of_file(stored), stored, on_cpu)
         except (ConfigurationError, MissingDependency) as problem:

@@ -56,7 +56,7 @@ def as_json(
 ) -> dict[str, Any]:
     """Everything: the arguments, both policies, the summary and each text."""
     return {
-        "arguments": dict(arguments),
+        "arguments": arguments,
         "random_weights": is_demo,
         "a": _told(a),
         "b": _told(b),

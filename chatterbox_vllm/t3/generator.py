@@ -21,9 +21,9 @@ from chatterbox_vllm.errors import EngineDead, EngineError, InvalidRequest, TooL
 from chatterbox_vllm.t3.conditioning import VoiceConditioner
 from chatterbox_vllm.t3.config import T3Config
 from chatterbox_vllm.t3.footprint import T3Footprint
-from chatterbox_vllm.t3.positions import weight_steps
+from chatterbox_vllm.t3.positions import OVERHEAD, weight_steps
 from chatterbox_vllm.t3.processor import engine_input
-from chatterbox_vllm.t3.prompt import OVERHEAD, prompt_tokens, sampling_params
+from chatterbox_vllm.t3.prompt import prompt_tokens, sampling_params
 from chatterbox_vllm.types import STOP_SPEECH, SpeechOptions, VoiceFeatures
 
 logger = logging.getLogger(__name__)

@@ -30,6 +30,8 @@ WEIGHT_STEPS = 10_000
 """Guidance weights are kept in steps of 1/10,000."""
 VOICE_LENGTH = 34
 """Vectors of the voice prefix: speaker, 32 of the perceiver, exaggeration."""
+OVERHEAD = VOICE_LENGTH + 4
+"""Positions of a prompt beside its text: voice, start, stop, and upstream's two BOS."""
 
 
 def weight_steps(cfg_weight: float) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from chatterbox_vllm.t3.positions import VOICE_LENGTH
+from chatterbox_vllm.t3.positions import OVERHEAD, VOICE_LENGTH
 from chatterbox_vllm.types import (
     SPEECH_VOCABULARY,
     START_SPEECH,
@@ -20,9 +20,8 @@ STREAM_INTERVAL = 5
 """Tokens between deliveries of a stream: a fifth of a second of sound, a fifth of the messages."""
 LONE_INTERVAL = 1
 """The same for a stream that is alone: a chunk never waits for tokens it does not need, and messages are few anyway."""
-OVERHEAD = VOICE_LENGTH + 4
 LEAST_MODEL_LEN = OVERHEAD + 16
-"""Positions of a prompt beside its text: voice, start, stop, and upstream's two BOS."""
+"""Positions that the shortest utterance is to have room for."""
 
 
 def prompt_tokens(text: Sequence[int], placeholder_id: int) -> list[int]:
